@@ -1,0 +1,64 @@
+"""The normalised form of adapters: what `checkpoints` produces and everything later consumes. No foreign keys here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from runtime.manifest import TopkSoftmax
+
+
+@dataclass(frozen=True, slots=True)
+class LoraDelta:
+    """One expert's update of one module: delta(x) = scale * (x aT) bT.
+
+    Linear: a [r, in], b [out, r]. Embedding: a [r, vocab], b [dim, r], looked up by token id.
+    `scale` is lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA (PEFT LoraLayer.update_layer).
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """One LoRA: our name and its deltas by module path of the Hugging Face model ("model.layers.0.self_attn.q_proj")."""
+
+    name: str
+    deltas: Mapping[str, LoraDelta]
+    key: str  # the gate config's key ("0".."n-1" in PEFT), or the name without a gate
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class GateConfig:
+    """The classifier and its rules (PEFT XLoraConfig, XLoraClassifier). Tensors are fp32.
+
+    `weights[i]` [out_i, in_i] and `biases[i]` [out_i] (None without bias) are the Linear layers in order, with ReLU
+    between them when `relu`. The last has n_sites * E outputs (layerwise: index = site * E + expert) or E.
+    """
+
+    weights: tuple[torch.Tensor, ...]
+    biases: tuple[torch.Tensor | None, ...]
+    relu: bool
+    layerwise: bool
+    softmax: bool
+    temperature: float
+    top_k: int | None
+    softmax_topk: bool
+    topk_softmax: TopkSoftmax
+    scaling_pass_value: float
+    global_scaling_weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSet:
+    """The experts in gate column order, and the gate if there is one."""
+
+    experts: tuple[Expert, ...]
+    gate: GateConfig | None
+    notes: tuple[str, ...] = ()  # what was repaired, renamed or ignored; printed to the user

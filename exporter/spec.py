@@ -1,0 +1,51 @@
+"""What a build is asked to do: one frozen value from the CLI or Python to every stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from runtime.manifest import Emit, Mode, TopkSoftmax, VerifyLevel
+
+
+class DType(StrEnum):
+    """The dtype of weights and K/V in the graphs; the gate is always float32."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+class CacheChoice(StrEnum):
+    """`kv` = two append-only caches per request; `none` = the whole sequence at every step."""
+
+    KV = "kv"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSource:
+    """One `--adapters` word: DIR, NAME=DIR or KEY:NAME=DIR."""
+
+    path: Path
+    name: str | None = None
+    key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BuildSpec:
+    """All settings of a build; the defaults are those of the CLI."""
+
+    adapters: tuple[AdapterSource, ...] = ()
+    base: str | None = None  # folder or hub id; None: the one the adapters' configs name
+    gate: Path | None = None
+    modes: tuple[Mode, ...] = (Mode.DYNAMIC,)
+    mix: dict[str, float] | None = None
+    out: Path | None = None  # None: ./NAME-MODE
+    emit: Emit = Emit.PORTABLE
+    dtype: DType = DType.FLOAT32
+    cache: CacheChoice = CacheChoice.KV
+    topk_softmax: TopkSoftmax | None = None
+    verify: VerifyLevel | None = None  # None: full up to 300 M parameters, quick above
+    prompts: tuple[str, ...] = field(default=())  # texts for verification; empty: the built-in ones

@@ -1,0 +1,183 @@
+"""The bundle's manifest: strict models of every fact a bundle states about itself. Format version 1; see docs/bundle.md."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from runtime.signature import Signature
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+BUILD_LOG_NAME = "build.json"  # times, memory, logs: named by the manifest, never digested
+
+ExpertName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # sha256, hex
+RelativePath = Annotated[
+    str, Field(min_length=1, max_length=255)
+]  # POSIX; bundle.py refuses '..', '/', '\\' and drives
+
+
+class Strict(BaseModel):
+    """Unknown keys, coerced types, NaN and infinities are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Mode(StrEnum):
+    """How a graph treats the experts."""
+
+    DYNAMIC = "dynamic"  # scalings are a graph input, adapters stay separate
+    STATIC = "static"  # one fixed mix folded into the base weights
+
+
+class Emit(StrEnum):
+    """Which operators a graph is written in."""
+
+    PORTABLE = "portable"  # opset 18, decomposed
+    MODERN = "modern"  # opset 24: Attention, RotaryEmbedding, RMSNormalization, TensorScatter
+
+
+class VerifyLevel(StrEnum):
+    """How much of stage A ran."""
+
+    FULL = "full"
+    QUICK = "quick"
+    STRUCTURE = "structure"  # no numbers were compared: not verified
+
+
+class TopkSoftmax(StrEnum):
+    """Over what the top-k softmax runs: each token (PEFT >= 0.18) or the flattened batch (before)."""
+
+    TOKEN = "token"
+    FLATTENED = "flattened"
+
+
+class BaseModelInfo(Strict):
+    """The base model, as its config says."""
+
+    name: str  # as the user or the adapters' configs name it; a folder's basename, never a machine path
+    model_type: str
+    hidden_size: int
+    blocks: int
+    vocab_size: int
+    max_positions: int
+    dtype: str  # of the weights in the graphs
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+
+class ExpertInfo(Strict):
+    """One expert: gate column, our name, where it came from."""
+
+    column: int
+    name: ExpertName
+    key: str  # the gate config's key, or the name when there is no gate
+    folder: str  # basename of the folder it was read from
+    rank: int  # largest rank over its sites
+    sites: int  # how many sites it touches
+
+
+class SiteInfo(Strict):
+    """One adapted module: `experts` are the names that touch it, `ranks` theirs in the same order."""
+
+    path: str
+    kind: str  # linear | embedding | lm_head
+    experts: tuple[ExpertName, ...]
+    ranks: tuple[int, ...]
+
+
+class GateInfo(Strict):
+    """The gate's settings, and the constant row of the scaling pass."""
+
+    depth: int
+    layerwise: bool
+    softmax: bool
+    temperature: float
+    top_k: int | None
+    softmax_topk: bool
+    topk_softmax: TopkSoftmax
+    scaling_pass_value: float
+    scaling_pass_row: tuple[float, ...]  # [E]: scaling_pass_value after the top-k rules; feed this in the scaling pass
+    global_scaling_weight: float  # already inside the sites' weights
+
+
+class GraphInfo(Strict):
+    """One ONNX graph of the bundle."""
+
+    name: str  # file name without .onnx
+    mode: Mode
+    emit: Emit
+    opset: int
+    path: RelativePath
+    signature: Signature
+    mix: dict[ExpertName, float] | None  # static only
+
+
+class Artifact(Strict):
+    """One file: the bundle holds exactly the listed ones, plus manifest.json and build.json."""
+
+    kind: str  # graph | weights | tokenizer | config | golden
+    path: RelativePath
+    size: Annotated[int, Field(ge=0)]
+    sha256: Digest
+
+
+class SourceInfo(Strict):
+    """One input file of the build, so that a later `verify` can tell whether the sources are still the same."""
+
+    role: str  # base | gate | expert:NAME
+    file: str  # file name inside its folder
+    size: int
+    sha256: Digest
+
+
+class Check(Strict):
+    """One measure of verification with its limit; `passed` is value <= limit."""
+
+    name: str
+    value: float
+    limit: float
+    passed: bool
+    where: str = ""  # the worst prompt and position
+
+
+class VerifyReport(Strict):
+    """What verification of one graph found."""
+
+    graph: str
+    level: VerifyLevel
+    stage: str  # "A" for fp32; "A (fp32 twin)" for fp16 and bf16
+    stage_b: str  # "not needed (fp32)" | "not run"
+    prompts: int
+    prefill_positions: int
+    decode_steps: int
+    adapters_matter: float  # max |adapted - base| of the reference logits
+    checks: tuple[Check, ...]
+
+
+class TokenizerInfo(Strict):
+    """Where the tokenizer lies; None of it is code."""
+
+    path: RelativePath
+    add_bos: bool  # whether encoding with special tokens prepends bos (for information)
+
+
+class Manifest(Strict):
+    """Everything a bundle says of itself. Deterministic: no times, no machine paths."""
+
+    format_version: int
+    name: str
+    base: BaseModelInfo
+    experts: tuple[ExpertInfo, ...]
+    sites: tuple[SiteInfo, ...]
+    gate: GateInfo | None
+    graphs: tuple[GraphInfo, ...]
+    tokenizer: TokenizerInfo | None
+    artifacts: tuple[Artifact, ...]
+    sources: tuple[SourceInfo, ...]
+    reports: tuple[VerifyReport, ...]
+    versions: dict[str, str]
+    build_log: str = BUILD_LOG_NAME

@@ -1,0 +1,36 @@
+"""The one contract of every backend: a graph with its K/V caches."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.rows import Rows, StepResult
+from runtime.signature import Signature
+
+
+class Session(Protocol):
+    """A loaded graph that owns its K/V caches in numbered slots. One slot is one append-only stream of tokens.
+
+    An X-LoRA request uses two slots: the scaling pass and the main pass.
+    """
+
+    signature: Signature
+    lengths: NDArray[np.int64]  # [slots]: entries held per slot
+
+    def allocate(self, slots: int) -> None:
+        """Start afresh with this many empty slots."""
+
+    def step(self, rows: Rows) -> StepResult:
+        """Run the graph on `rows`, append their K/V to their slots; positions continue at each slot's length."""
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Drop a slot's last entries down to `length`, without copying."""
+
+    def reset(self) -> None:
+        """Empty all slots, keeping their memory."""
+
+    def close(self) -> None:
+        """Free the caches and the engine."""
