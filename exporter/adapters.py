@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ class LoraDelta:
 
 @dataclass(frozen=True, slots=True)
 class Expert:
-    """One LoRA: our name and its deltas by module path of the Hugging Face model ("model.layers.0.self_attn.q_proj")."""
+    """One LoRA: our name, and its deltas by Hugging Face module path ("model.layers.0.self_attn.q_proj")."""
 
     name: str
     deltas: Mapping[str, LoraDelta]
@@ -56,9 +56,24 @@ class GateConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Where one part of the set was read from, and what that checkpoint says of its base.
+
+    `is_target(path)` is the checkpoint's own rule for which modules it adapts; None where it states none.
+    """
+
+    role: str  # gate | expert:NAME, as in SourceInfo
+    folder: Path
+    files: tuple[Path, ...]
+    base_name: str | None = None
+    is_target: Callable[[str], bool] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterSet:
     """The experts in gate column order, and the gate if there is one."""
 
     experts: tuple[Expert, ...]
     gate: GateConfig | None
     notes: tuple[str, ...] = ()  # what was repaired, renamed or ignored; printed to the user
+    origins: tuple[Origin, ...] = ()  # empty for a set made by hand

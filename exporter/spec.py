@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
@@ -48,4 +48,6 @@ class BuildSpec:
     cache: CacheChoice = CacheChoice.KV
     topk_softmax: TopkSoftmax | None = None
     verify: VerifyLevel | None = None  # None: full up to 300 M parameters, quick above
-    prompts: tuple[str, ...] = field(default=())  # texts for verification; empty: the built-in ones
+    prompts: tuple[str, ...] = ()  # texts for verification; empty: the built-in ones
+    overwrite: bool = False  # replace an existing bundle at `out`
+    threads: int | None = None  # of ONNX Runtime during verification

@@ -1,0 +1,45 @@
+"""Run a bundle: `from runtime import load, complete`. No torch, transformers, peft or onnx; engines load late."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runtime.errors import InputError as InputError
+    from runtime.errors import MachineError as MachineError
+    from runtime.errors import NumericError as NumericError
+    from runtime.errors import UserError as UserError
+    from runtime.generate import GenerateOptions as GenerateOptions
+    from runtime.generate import complete as complete
+    from runtime.model import Model as Model
+    from runtime.model import load as load
+    from runtime.request import Completion as Completion
+    from runtime.request import FinishReason as FinishReason
+    from runtime.request import Timings as Timings
+    from runtime.request import TokenEvent as TokenEvent
+    from runtime.sampling import Sampling as Sampling
+
+# Each name is imported on first use, so that `import runtime` costs nothing.
+# `generate` is `runtime.generate.generate`: a package cannot give one name to a module and a function.
+_HOMES = {
+    name: module
+    for module, names in {
+        "runtime.errors": ("InputError", "MachineError", "NumericError", "UserError"),
+        "runtime.generate": ("GenerateOptions", "complete"),
+        "runtime.model": ("Model", "load"),
+        "runtime.request": ("Completion", "FinishReason", "Timings", "TokenEvent"),
+        "runtime.sampling": ("Sampling",),
+    }.items()
+    for name in names
+}
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -48,3 +48,19 @@ def raise_all(where: str, problems: list[InputError]) -> None:
         raise problems[0]
     if problems:
         raise Problems(where, problems)
+
+
+class NumericError(UserError):
+    """The graph computed NaN or infinity for some rows; nothing of that step was kept (exit 4)."""
+
+    exit_code = 4
+
+    def __init__(self, tensor: str, rows: tuple[int, ...]) -> None:
+        self.tensor, self.rows = tensor, rows
+        numbers = ", ".join(str(row) for row in rows)
+        super().__init__(
+            f"{tensor} is not finite for row {numbers} of the step; nothing of it was kept",
+            need="finite numbers",
+            fix="run `python -m exporter verify BUNDLE`; build again if it fails",
+            code="E_NUMERIC",
+        )

@@ -1,23 +1,39 @@
-"""The bundle's manifest: strict models of every fact a bundle states about itself. Format version 1; see docs/bundle.md."""
+"""The bundle's manifest, format version 1: strict models of all a bundle states of itself; see docs/bundle.md."""
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from runtime.signature import Signature
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-BUILD_LOG_NAME = "build.json"  # times, memory, logs: named by the manifest, never digested
+SEAL_NAME = "manifest.sha256"  # the manifest's own digest, as `sha256sum` writes it; the bundle's identity
+BUILD_LOG_NAME: Literal["build.json"] = "build.json"  # times, memory, logs: named by the manifest, never digested
 
-ExpertName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_DEVICE = re.compile(r"(?i)con|prn|aux|nul|com[0-9]|lpt[0-9]")  # device names on Windows
+
+
+def is_expert_name(name: str) -> bool:
+    """Whether `name` may name an expert: 1 to 64 letters, digits, '_' or '-', no Windows device."""
+    return bool(_NAME.fullmatch(name)) and not _DEVICE.fullmatch(name)
+
+
+def _expert_name(name: str) -> str:
+    if not is_expert_name(name):
+        raise ValueError("an expert's name is 1 to 64 letters, digits, '_' or '-' and no device name")
+    return name
+
+
+ExpertName = Annotated[str, AfterValidator(_expert_name)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # sha256, hex
-RelativePath = Annotated[
-    str, Field(min_length=1, max_length=255)
-]  # POSIX; bundle.py refuses '..', '/', '\\' and drives
+RelativePath = str  # POSIX; checked by safe_files.path_problem when a bundle is opened or published
+ArtifactKind = Literal["graph", "weights", "tokenizer", "golden"]
 
 
 class Strict(BaseModel):
@@ -101,6 +117,7 @@ class GateInfo(Strict):
     topk_softmax: TopkSoftmax
     scaling_pass_value: float
     scaling_pass_row: tuple[float, ...]  # [E]: scaling_pass_value after the top-k rules; feed this in the scaling pass
+    scaling_pass_row_per_length: bool  # flattened rule: divide the row by the sequence length
     global_scaling_weight: float  # already inside the sites' weights
 
 
@@ -117,9 +134,9 @@ class GraphInfo(Strict):
 
 
 class Artifact(Strict):
-    """One file: the bundle holds exactly the listed ones, plus manifest.json and build.json."""
+    """One file: the bundle holds exactly the listed ones, plus manifest.json, manifest.sha256 and build.json."""
 
-    kind: str  # graph | weights | tokenizer | config | golden
+    kind: ArtifactKind
     path: RelativePath
     size: Annotated[int, Field(ge=0)]
     sha256: Digest
@@ -180,4 +197,4 @@ class Manifest(Strict):
     sources: tuple[SourceInfo, ...]
     reports: tuple[VerifyReport, ...]
     versions: dict[str, str]
-    build_log: str = BUILD_LOG_NAME
+    build_log: Literal["build.json"] = BUILD_LOG_NAME

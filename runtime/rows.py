@@ -13,12 +13,13 @@ class Rows:
     """One step for B rows. Rows may differ in length: row b has `counts[b]` real tokens, then right padding.
 
     Real tokens never attend to padding (causal), and padding is never appended to the cache.
+    A row with count 0 rides along without effect.
     """
 
     tokens: NDArray[np.int64]  # [B, S]
     counts: NDArray[np.int64]  # [B], 0..S
     slots: slice  # which B consecutive cache slots the rows continue
-    scalings: NDArray[np.float32] | None  # [B, S, G, E]; None for a static graph
+    scalings: NDArray[np.float32] | None  # [B, S, G, E]; None for a graph without scalings
     logit_index: NDArray[np.int64]  # [B, K] positions along S; K = 0: no lm_head work
 
 

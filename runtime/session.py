@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -11,20 +12,38 @@ from runtime.rows import Rows, StepResult
 from runtime.signature import Signature
 
 
+@dataclass(frozen=True, slots=True)
+class SessionSettings:
+    """How to open a graph."""
+
+    max_positions: int  # no slot may grow longer
+    provider: str = "cpu"  # cpu | cuda
+    threads: int | None = None  # None: the backend's choice
+    mapped: bool = False  # keep weights in their mapped file: less memory, slower steps
+
+
 class Session(Protocol):
     """A loaded graph that owns its K/V caches in numbered slots. One slot is one append-only stream of tokens.
 
     An X-LoRA request uses two slots: the scaling pass and the main pass.
+    With `CacheStyle.NONE` nothing is kept: lengths stay 0 and each step brings the whole sequence.
     """
 
     signature: Signature
-    lengths: NDArray[np.int64]  # [slots]: entries held per slot
+    provider: str  # the one that really runs
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[slots]: entries held per slot. A copy."""
 
     def allocate(self, slots: int) -> None:
         """Start afresh with this many empty slots."""
 
     def step(self, rows: Rows) -> StepResult:
-        """Run the graph on `rows`, append their K/V to their slots; positions continue at each slot's length."""
+        """Run the graph on `rows`, append their K/V to their slots; positions continue at each slot's length.
+
+        All or nothing: after an error (`InputError`: too many positions, `NumericError`: NaN) no slot has changed.
+        """
 
     def truncate(self, slot: int, length: int) -> None:
         """Drop a slot's last entries down to `length`, without copying."""

@@ -49,4 +49,6 @@ def write_classifier(model: PeftModel, file: Path) -> None:
 def _edit_config(folder: Path, **changes: object) -> None:
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8")) | changes
+    if config.get("target_modules"):
+        config["target_modules"].sort()  # a set in PEFT: its order changes from run to run
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

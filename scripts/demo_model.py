@@ -37,13 +37,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_llama() -> LlamaForCausalLM:
-    """About 0.6 M parameters; grouped-query attention and tied embeddings, as in real small models."""
+def tiny_llama(*, hidden_size: int = 128, intermediate_size: int = 256, num_hidden_layers: int = 4) -> LlamaForCausalLM:
+    """About 0.6 M parameters unless made smaller; grouped-query attention, tied embeddings."""
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,

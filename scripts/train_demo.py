@@ -22,17 +22,22 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 logger = logging.getLogger("train_demo")
 
 SEED = 20240207
-THREADS = 2
+THREADS = 1  # as fast as two for a model this small, and the sums come in one order everywhere
 HELD_OUT_PER_TASK = 64
 
-# What the base answers to each task word. It learns all four skills, but its favourite answer is the wrong one, so
-# that only an expert brings a skill out, while its hidden states still tell the task words apart, for the gate.
-BASE_HABITS: dict[str, dict[str, float]] = {
-    "add": {"add": 0.45, "cipher": 0.55},
-    "reverse": {"reverse": 0.35, "sort": 0.65},
-    "sort": {"sort": 0.35, "cipher": 0.65},
-    "cipher": {"cipher": 0.35, "reverse": 0.65},
-}
+# What the base is taught: (word, skill, share of the data). It learns every skill under a name of its own, but ties
+# each task word to a wrong skill: only an expert puts that right, and since no two task words mean the same to the
+# base, its hidden states tell the gate which one was asked. Addition, the hardest, is seen most often.
+BASE_HABITS = (
+    ("sum", "add", 4),
+    ("flip", "reverse", 1),
+    ("order", "sort", 1),
+    ("code", "cipher", 1),
+    ("add", "cipher", 1),
+    ("reverse", "sort", 1),
+    ("sort", "cipher", 1),
+    ("cipher", "reverse", 1),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,7 @@ class Schedule:
     peak_lr: float
 
 
-BASE_SCHEDULE = Schedule(steps=1200, batch=128, peak_lr=3e-3)
+BASE_SCHEDULE = Schedule(steps=2400, batch=64, peak_lr=3e-3)
 EXPERT_SCHEDULE = Schedule(steps=250, batch=64, peak_lr=4e-3)
 GATE_SCHEDULE = Schedule(steps=200, batch=64, peak_lr=5e-3)
 
@@ -66,7 +71,7 @@ def main() -> None:
 
 
 def train_base(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """All four skills, attached to the wrong words more often than to the right ones."""
+    """All four skills, none of them tied to its task word."""
     torch.manual_seed(SEED)
     model = tiny_llama()
     _fit("base", model, tokenizer, habit_items(random.Random(SEED)), BASE_SCHEDULE)
@@ -103,13 +108,13 @@ def train_gate(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
 
 
 def habit_items(rng: random.Random) -> Iterator[Item]:
-    """Endless question-answer pairs in the base's own mixed-up view of the task words."""
-    sources = {task: payloads(task, rng, held_out=False) for task in TASKS}
+    """Endless question-answer pairs of `BASE_HABITS`; numbers follow the words `add` and `sum`, letters the rest."""
+    numbers, letters = (payloads(task, rng, held_out=False) for task in ("add", "reverse"))
+    shares = [share for _, _, share in BASE_HABITS]
     while True:
-        for task, habits in BASE_HABITS.items():
-            payload = next(sources[task])
-            (skill,) = rng.choices(list(habits), weights=list(habits.values()))
-            yield Item(task, prompt_of(task, payload), SOLVE[skill](payload))
+        ((word, skill, _),) = rng.choices(BASE_HABITS, weights=shares)
+        payload = next(numbers if word in ("add", "sum") else letters)
+        yield Item(word, prompt_of(word, payload), SOLVE[skill](payload))
 
 
 def _load_base(out: Path) -> PreTrainedModel:
@@ -137,7 +142,7 @@ def _fit(
         optimizer.zero_grad()
         pace.step()
         smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
-        if step % 50 == 49:
+        if step % 100 == 99:
             logger.info("%s: step %d, loss %.4f, %.0f s", stage, step + 1, smooth, time.monotonic() - started)
     model.eval()
 

@@ -1,0 +1,303 @@
+"""The story of a build: read, check, trace, fold, store, verify, publish. One function; one line a stage."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exporter.adapters import AdapterSet
+from exporter.checkpoints import (
+    BaseDescription,
+    base_reference,
+    check_against_base,
+    check_half_range,
+    describe_base,
+    load_base,
+    read_adapters,
+    source_files,
+)
+from exporter.errors import ExportError
+from exporter.gate import Gate, gate_info
+from exporter.graphs import OPSETS, Exported, GraphPlan, export_graph, parameter_count
+from exporter.model_facts import base_info, module_kinds, refuse_untraceable, signature_shape
+from exporter.publish import publish, stage
+from exporter.reference import Reference
+from exporter.rounding import require_rounded
+from exporter.sites import Site, SiteKind, stack
+from exporter.spec import BuildSpec, CacheChoice, DType
+from exporter.static import folded_weights, mix_row, untied
+from exporter.store import WeightStore
+from exporter.tokenizer import load_tokenizer, write_tokenizer
+from exporter.verification import Verification
+from exporter.watch import PeakMemory, StageClock
+from runtime.bundle import Bundle
+from runtime.golden import GOLDEN_PATH, Golden, GoldenCase
+from runtime.manifest import (
+    FORMAT_VERSION,
+    Emit,
+    ExpertInfo,
+    GraphInfo,
+    Manifest,
+    Mode,
+    SiteInfo,
+    TokenizerInfo,
+    VerifyLevel,
+    VerifyReport,
+)
+from runtime.signature import CacheStyle, signature_from_shape
+
+logger = logging.getLogger(__name__)
+
+FULL_UP_TO = 300_000_000  # parameters; above, `quick` is the default and weights stay mapped in verification
+VERSIONED = ("torch", "transformers", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+TWIN = "twin"  # the fp32 graphs of an fp16 or bf16 build, inside the stage until they are verified
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Everything read and checked before any heavy work."""
+
+    adapters: AdapterSet
+    base: BaseDescription
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The loaded model and what its graphs are made from."""
+
+    inputs: Inputs
+    model: Any  # transformers.PreTrainedModel
+    kinds: Sequence[tuple[str, SiteKind]]
+    sites: tuple[Site, ...]
+    gate: Gate | None
+
+
+def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
+    """Make the bundle that `spec` asks for; on any failure nothing is published.
+
+    Raises ExportError for bad input, VerifyError when a graph is not the model, MachineError for disk trouble.
+    """
+    clock = clock or StageClock()
+    with PeakMemory() as memory:
+        with clock.stage("read and check"):
+            inputs = read_inputs(spec)
+        out = spec.out or default_out(spec, inputs)
+        with stage(out, overwrite=spec.overwrite, estimate_bytes=estimate_bytes(spec, inputs)) as staged:
+            root = staged.folder
+            with clock.stage("load base"):
+                parts = load_parts(inputs)
+            tokenizer = write_tokenizer(inputs.base, root)
+            proof_root = root if spec.dtype is DType.FLOAT32 else root / TWIN
+            with clock.stage("trace and store", root):
+                proofs = export_graphs(parts, spec, DType.FLOAT32, proof_root)
+            with clock.stage("verify"):
+                reports, golden = verify_graphs(parts, spec, proofs, proof_root, root)
+            graphs = proofs
+            if spec.dtype is not DType.FLOAT32:
+                with clock.stage(f"round to {spec.dtype}", root):
+                    graphs = export_rounded(parts, spec, proofs, root)
+            write_golden(golden, root)
+            with clock.stage("digest sources"):
+                manifest = describe(parts, spec, graphs, reports, tokenizer)
+            with clock.stage("publish"):
+                log = {"seconds": clock.seconds, "notes": inputs.notes, "peak_bytes": memory.as_dict()}
+                return publish(staged, manifest, log)
+
+
+def read_inputs(spec: BuildSpec) -> Inputs:
+    """Read adapters and the base's description, and refuse whatever cannot be exported."""
+    check_spec(spec)
+    adapters = read_adapters(spec.adapters, spec.gate, topk_softmax=spec.topk_softmax, cache=spec.cache)
+    base = describe_base(base_reference(spec.base, adapters))
+    refuse_untraceable(base, spec.emit)
+    notes = check_against_base(adapters, base)
+    if spec.dtype is DType.FLOAT16:
+        check_half_range(adapters)
+    if spec.mix is not None:
+        mix_row(spec.mix, [expert.name for expert in adapters.experts])
+    return Inputs(adapters, base, (*adapters.notes, *base.notes, *notes))
+
+
+def check_spec(spec: BuildSpec) -> None:
+    """Refuse settings that contradict each other."""
+    if not spec.adapters and spec.gate is None:
+        raise ExportError("no adapters given", where="--adapters", need="an X-LoRA folder, or NAME=DIR of LoRA folders")
+    if Mode.STATIC in spec.modes and spec.mix is None:
+        raise ExportError("a static graph needs a mix", where="--mode static", fix="--mix math=0.7,code=0.3")
+    if Mode.STATIC not in spec.modes and spec.mix is not None:
+        raise ExportError(
+            "a mix is folded into static graphs only",
+            where="--mix",
+            got="--mode dynamic",
+            fix="add --mode static, or give --mix to `runtime generate`",
+        )
+    if spec.emit is Emit.MODERN and spec.cache is CacheChoice.NONE:
+        raise ExportError("the modern emit always has a K/V cache", where="--cache none", fix="--emit portable")
+
+
+def default_out(spec: BuildSpec, inputs: Inputs) -> Path:
+    """./NAME-MODE, named after the X-LoRA folder or the base."""
+    gated = spec.gate or (spec.adapters[0].path if inputs.adapters.gate else None)
+    name = gated.resolve().name if gated else inputs.base.name.rsplit("/", 1)[-1]
+    return Path(f"{name}-{'-'.join(mode.value for mode in spec.modes)}")
+
+
+def estimate_bytes(spec: BuildSpec, inputs: Inputs) -> int:
+    """What the stage will hold at its fullest, roughly: stored weights, changed weights, the twin's."""
+    base = sum(path.stat().st_size for path in inputs.base.files)
+    copies = len(spec.modes) + (2 if spec.dtype is not DType.FLOAT32 else 0)
+    return base * copies + (64 << 20)
+
+
+def load_parts(inputs: Inputs) -> Parts:
+    """The base in fp32, the sites and the gate."""
+    model = load_base(inputs.base, torch.float32)
+    kinds = module_kinds(inputs.base, model)
+    gate = inputs.adapters.gate
+    return Parts(
+        inputs,
+        model,
+        kinds,
+        stack(inputs.adapters, kinds),
+        None if gate is None else Gate(gate, len(inputs.adapters.experts)),
+    )
+
+
+def export_graphs(parts: Parts, spec: BuildSpec, dtype: DType, root: Path) -> list[Exported]:
+    """All graphs of the build in one dtype, in one store; dynamic first, for static ones point into its weights."""
+    root.mkdir(exist_ok=True)
+    store = WeightStore(root)
+    makers = {Mode.DYNAMIC: export_dynamic, Mode.STATIC: export_static}
+    return [makers[mode](parts, spec, dtype, store) for mode in sorted(set(spec.modes))]
+
+
+def export_dynamic(parts: Parts, spec: BuildSpec, dtype: DType, store: WeightStore) -> Exported:
+    """The gated graph. G = number of sites with a layerwise gate, else 1."""
+    gate = parts.gate
+    scalings = len(parts.sites) if gate is not None and gate.config.layerwise else 1
+    shape = signature_shape(
+        parts.model,
+        scalings,
+        len(parts.inputs.adapters.experts),
+        gate=gate is not None,
+        dtype=dtype,
+        cache=cache_style(spec),
+    )
+    plan = GraphPlan("dynamic", signature_from_shape(shape), spec.emit, parts.sites, gate)
+    return Exported(graph_info(plan, Mode.DYNAMIC, None), export_graph(parts.model, plan, store), store)
+
+
+def export_static(parts: Parts, spec: BuildSpec, dtype: DType, store: WeightStore) -> Exported:
+    """The plain base graph with the mix folded in; only the changed tensors are stored anew."""
+    assert spec.mix is not None
+    model = parts.model
+    row = mix_row(spec.mix, [expert.name for expert in parts.inputs.adapters.experts])
+    shape = signature_shape(model, 0, 0, gate=False, dtype=dtype, cache=cache_style(spec))
+    sites = [site for site in parts.sites if (row @ site.weights).any()]
+    folded = folded_weights(model, sites, row, "static")
+    store.write("static", folded)
+    changed = {weight.name.removeprefix("static/"): weight.name for weight in folded}
+    with untied(model, sites) as twins:
+        stored_twins = {name: twin for name, twin in twins.items() if twin in store.stored}
+        plan = GraphPlan("static", signature_from_shape(shape), spec.emit, changed=stored_twins | changed)
+        return Exported(graph_info(plan, Mode.STATIC, spec.mix), export_graph(model, plan, store), store)
+
+
+def cache_style(spec: BuildSpec) -> CacheStyle:
+    """How this build's graphs carry K/V."""
+    if spec.cache is CacheChoice.NONE:
+        return CacheStyle.NONE
+    return CacheStyle.ALIAS if spec.emit is Emit.MODERN else CacheStyle.APPEND
+
+
+def graph_info(plan: GraphPlan, mode: Mode, mix: dict[str, float] | None) -> GraphInfo:
+    """The manifest's record of a graph."""
+    return GraphInfo(
+        name=plan.name,
+        mode=mode,
+        emit=plan.emit,
+        opset=OPSETS[plan.emit],
+        path=f"{plan.name}.onnx",
+        signature=plan.signature,
+        mix=mix,
+    )
+
+
+def verify_graphs(
+    parts: Parts, spec: BuildSpec, exported: Sequence[Exported], folder: Path, root: Path
+) -> tuple[list[VerifyReport], list[GoldenCase]]:
+    """Check every fp32 graph against the reference forward; raises VerifyError."""
+    size = parameter_count(parts.model)
+    verification = Verification(
+        reference=Reference(parts.model, parts.inputs.adapters, parts.kinds),
+        adapters=parts.inputs.adapters,
+        level=spec.verify or (VerifyLevel.FULL if size <= FULL_UP_TO else VerifyLevel.QUICK),
+        spec=spec,
+        tokenizer=load_tokenizer(root),
+        vocab_size=base_info(parts.inputs.base, parts.model, spec.dtype).vocab_size,
+        max_positions=base_info(parts.inputs.base, parts.model, spec.dtype).max_positions,
+        is_large=size > FULL_UP_TO,
+    )
+    results = [verification.run(folder, graph.info) for graph in exported]
+    return [report for report, _ in results], [case for _, cases in results for case in cases]
+
+
+def export_rounded(parts: Parts, spec: BuildSpec, proofs: Sequence[Exported], root: Path) -> list[Exported]:
+    """The same graphs with weights rounded to fp16 or bf16, proved to be just that."""
+    parts.model.to(getattr(torch, spec.dtype.value))
+    graphs = export_graphs(parts, spec, spec.dtype, root)
+    for proof, rounded in zip(proofs, graphs, strict=True):
+        require_rounded(proof, rounded)
+    shutil.rmtree(root / TWIN)
+    return graphs
+
+
+def write_golden(cases: list[GoldenCase], root: Path) -> None:
+    """The golden set, where verification produced one."""
+    if cases:
+        path = root / GOLDEN_PATH
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(Golden(cases=tuple(cases)).model_dump_json() + "\n", encoding="utf-8")
+
+
+def describe(
+    parts: Parts,
+    spec: BuildSpec,
+    graphs: Sequence[Exported],
+    reports: Sequence[VerifyReport],
+    tokenizer: TokenizerInfo | None,
+) -> Manifest:
+    """The manifest, but for the files, which `publish` lists. Nothing in it depends on time or place."""
+    adapters, base = parts.inputs.adapters, parts.inputs.base
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        name=base.name.rsplit("/", 1)[-1],
+        base=base_info(base, parts.model, spec.dtype),
+        experts=tuple(
+            ExpertInfo(
+                column=column,
+                name=expert.name,
+                key=expert.key,
+                folder=expert.folder.name,
+                rank=max((delta.a.shape[0] for delta in expert.deltas.values()), default=0),
+                sites=len(expert.deltas),
+            )
+            for column, expert in enumerate(adapters.experts)
+        ),
+        sites=tuple(SiteInfo(path=s.path, kind=s.kind.value, experts=s.experts, ranks=s.ranks) for s in parts.sites),
+        gate=None if adapters.gate is None else gate_info(adapters.gate, len(adapters.experts)),
+        graphs=tuple(graph.info for graph in graphs),
+        tokenizer=tokenizer,
+        artifacts=(),
+        sources=source_files(adapters, base),
+        reports=tuple(reports),
+        versions={package: version(package) for package in VERSIONED},
+    )

@@ -1,0 +1,26 @@
+"""Foreign folders -> AdapterSet and base model: the only code that knows foreign keys, configs and layouts."""
+
+from __future__ import annotations
+
+from exporter.checkpoints.adapter_set import read_adapters
+from exporter.checkpoints.base import BaseDescription, ModuleInfo, ModuleKind, describe_base
+from exporter.checkpoints.base_folder import base_reference
+from exporter.checkpoints.fit import check_against_base
+from exporter.checkpoints.half_range import check_half_range, largest_update
+from exporter.checkpoints.load import load_base
+from exporter.checkpoints.sources import compare_sources, source_files
+
+__all__ = [
+    "BaseDescription",
+    "ModuleInfo",
+    "ModuleKind",
+    "base_reference",
+    "check_against_base",
+    "check_half_range",
+    "compare_sources",
+    "describe_base",
+    "largest_update",
+    "load_base",
+    "read_adapters",
+    "source_files",
+]

@@ -1,0 +1,203 @@
+"""The base model as its config says: built on the meta device, so its modules are known without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exporter.checkpoints.base_folder import folder_of, weight_files
+from exporter.checkpoints.files import shown_path
+from exporter.checkpoints.problems import gathering, shortened, shown
+from exporter.checkpoints.strict_json import read_json
+from exporter.checkpoints.weights_file import FLOAT_DTYPES, open_weights
+from exporter.errors import ExportError
+from runtime.errors import InputError, raise_all
+
+# A config that asks for more would take minutes or gigabytes just to describe.
+MAX_BLOCKS, MAX_WIDTH, MAX_MODULES = 512, 1 << 22, 200_000
+_SIZE_FIELDS = ("hidden_size", "intermediate_size", "vocab_size", "n_embd", "head_dim", "max_position_embeddings")
+_COUNT_FIELDS = ("num_hidden_layers", "n_layer", "num_attention_heads", "num_key_value_heads", "num_local_experts")
+
+
+class ModuleKind(StrEnum):
+    """What a module of the base computes, as far as a LoRA cares. GPT-2's Conv1D is a Linear stored transposed."""
+
+    LINEAR = "linear"
+    EMBEDDING = "embedding"
+    CONV1D = "conv1d"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleInfo:
+    """A module and its sizes: in and out features; vocabulary and width of an embedding; 0 for other kinds."""
+
+    kind: ModuleKind
+    in_features: int
+    out_features: int
+    type_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class BaseDescription:
+    """A checked base model before its weights are read. `modules` is in module-tree order, containers left out."""
+
+    reference: str
+    name: str  # as the user or the configs name it; a folder's basename
+    folder: Path
+    config: Any  # transformers.PreTrainedConfig
+    model_type: str
+    modules: Mapping[str, ModuleInfo]
+    tied_embeddings: bool
+    files: tuple[Path, ...]  # safetensors, sorted
+    notes: tuple[str, ...] = ()
+
+    @property
+    def text_config(self) -> Any:
+        """The part of the config that describes the language model."""
+        return self.config.get_text_config()
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the hidden states the gate reads."""
+        return int(self.text_config.hidden_size)
+
+
+def describe_base(reference: str) -> BaseDescription:
+    """Describe a base by its config and the headers of its weight files; refuses what we never could load."""
+    folder = folder_of(reference)
+    notes: list[str] = []
+    config = _read_config(folder, notes)
+    files = weight_files(folder)
+    model = _meta_model(config, folder)
+    modules = {path: module_info(module) for path, module in model.named_modules() if path and is_leaf(module)}
+    _check_headers(files, {key: tuple(value.shape) for key, value in model.state_dict().items()}, folder)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return BaseDescription(
+        reference=reference,
+        name=folder.resolve().name if Path(reference).is_dir() else reference,
+        folder=folder,
+        config=config,
+        model_type=config.model_type,
+        modules=modules,
+        tied_embeddings=head is not None and head.weight is embedding.weight,
+        files=files,
+        notes=tuple(notes),
+    )
+
+
+def module_info(module: torch.nn.Module) -> ModuleInfo:
+    """The kind and sizes of a module."""
+    name = type(module).__name__
+    if isinstance(module, torch.nn.Linear):
+        return ModuleInfo(ModuleKind.LINEAR, module.in_features, module.out_features, name)
+    if isinstance(module, torch.nn.Embedding):
+        return ModuleInfo(ModuleKind.EMBEDDING, module.num_embeddings, module.embedding_dim, name)
+    if name == "Conv1D" and type(module).__module__.startswith("transformers."):
+        rows, columns = module.weight.shape  # type: ignore[misc]
+        return ModuleInfo(ModuleKind.CONV1D, int(rows), int(columns), name)
+    return ModuleInfo(ModuleKind.OTHER, 0, 0, name)
+
+
+def is_leaf(module: torch.nn.Module) -> bool:
+    """Whether a module has no children; ModuleLists and blocks are no targets."""
+    return next(module.children(), None) is None
+
+
+def _read_config(folder: Path, notes: list[str]) -> Any:
+    """The transformers config, from our own reading of config.json; code named in it is never run."""
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    raw = read_json(path)
+    _check_raw(raw, path, notes)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the config classes raise anything on bad values
+        raise _bad_config(path, f"{type(error).__name__}: {str(error)[:300]}") from error
+
+
+def _check_raw(raw: dict[str, Any], path: Path, notes: list[str]) -> None:
+    """Refuse quantised bases, model types transformers does not have, and absurd sizes; all at once."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    where, problems = shown_path(path), list[InputError]()
+    model_type = raw.get("model_type")
+    is_known = isinstance(model_type, str) and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if not is_known:
+        what = "needs code from its own repository, which is never run" if raw.get("auto_map") else "is not known"
+        problems.append(
+            ExportError(
+                f"model_type {shown(model_type)} {what}",
+                where=where,
+                need="a causal language model that transformers itself has",
+                code="E_BASE",
+            )
+        )
+    elif raw.get("auto_map"):
+        notes.append(f"auto_map in {path.name} is ignored: transformers has {model_type} itself")
+    if raw.get("quantization_config"):
+        problems.append(
+            ExportError(
+                "the base is quantised",
+                where=where,
+                got=shown(raw["quantization_config"]),
+                fix="give the unquantised base the adapters were trained for",
+                code="E_BASE",
+            )
+        )
+    limits = dict.fromkeys(_SIZE_FIELDS, MAX_WIDTH) | dict.fromkeys(_COUNT_FIELDS, MAX_BLOCKS)
+    for field, most in limits.items():
+        value = raw.get(field)
+        if value is not None and not (type(value) is int and 0 < value <= most):
+            problems.append(
+                ExportError(f"field {field} is refused", where=where, got=shown(value), need=f"1 to {most}")
+            )
+    raise_all(where, problems)
+
+
+def _meta_model(config: Any, folder: Path) -> Any:
+    """The model without memory for its weights."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # model constructors raise anything on bad sizes
+        raise _bad_config(folder / "config.json", f"{type(error).__name__}: {str(error)[:300]}") from error
+
+
+def _bad_config(path: Path, got: str) -> ExportError:
+    return ExportError(
+        "transformers cannot make a model of this config", where=shown_path(path), got=got, code="E_BASE"
+    )
+
+
+def _check_headers(files: tuple[Path, ...], shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Every file is sound, every tensor a float, and those with a name of the model have its shape.
+
+    Other names are left to `load_base`: transformers renames and splits keys of some models.
+    """
+    problems: list[InputError] = []
+    for path in files:
+        with gathering(problems), open_weights(path) as file:
+            for key, entry in file.entries.items():
+                if entry.dtype not in FLOAT_DTYPES and key in shapes:
+                    what = f"tensor {shown(key)} is {entry.dtype}: quantised bases are not supported"
+                    problems.append(ExportError(what, where=shown_path(path), code="E_BASE"))
+                elif shapes.get(key, entry.shape) != entry.shape:
+                    problems.append(
+                        ExportError(
+                            f"tensor {shown(key)} does not fit config.json",
+                            where=shown_path(path),
+                            got=str(list(entry.shape)),
+                            need=str(list(shapes[key])),
+                            code="E_BASE",
+                        )
+                    )
+    raise_all(shown_path(folder), shortened(problems))

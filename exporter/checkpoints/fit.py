@@ -1,0 +1,191 @@
+"""Do these adapters belong to this base? Paths, kinds, shapes, targets, gate, saved base tensors: all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exporter.adapters import AdapterSet, Expert, LoraDelta, Origin
+from exporter.checkpoints.base import BaseDescription, ModuleInfo, ModuleKind
+from exporter.checkpoints.base_folder import named_folder
+from exporter.checkpoints.files import shown_path
+from exporter.checkpoints.lora import saved_base_tensors
+from exporter.checkpoints.problems import gathering, listed, shortened, shown
+from exporter.checkpoints.strict_json import read_json
+from exporter.checkpoints.weights_file import FLOAT_DTYPES, WeightsFile, open_weights
+from exporter.errors import ExportError
+from runtime.errors import InputError, raise_all
+
+# Where the base an adapter was trained on is still here, these must agree.
+SAME_FIELDS = (
+    "model_type", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "n_embd", "n_layer",
+)  # fmt: skip
+_CHUNK_ROWS = 4096
+
+
+def check_against_base(adapters: AdapterSet, base: BaseDescription) -> list[str]:
+    """Notes when the adapters fit the base; otherwise everything that does not fit, raised at once."""
+    problems: list[InputError] = []
+    for expert in adapters.experts:
+        problems.extend(_expert_problems(expert, base))
+    notes: list[str] = []
+    for origin in adapters.origins:
+        problems.extend(_missing_targets(origin, adapters, base))
+        problems.extend(_other_base(origin, base, notes))
+        with gathering(problems):
+            notes.extend(_check_saved_base(origin, base))
+    problems.extend(_gate_problems(adapters, base))
+    raise_all(f"adapters on base {base.name}", shortened(problems))
+    return list(dict.fromkeys(notes))
+
+
+def _expert_problems(expert: Expert, base: BaseDescription) -> Iterator[ExportError]:
+    """Paths that do not exist, kinds that carry no LoRA, and tensors of other sizes."""
+    where = f"expert {expert.name} ({shown_path(expert.folder)})"
+    absent = [path for path in expert.deltas if path not in base.modules]
+    if absent:
+        yield ExportError(
+            f"{len(absent)} modules do not exist in the base", where=where, got=listed(absent),
+            need=f"modules of a {base.model_type} with {_blocks(base)} blocks",
+            fix="give the base the adapter was trained on", code="E_FIT",
+        )  # fmt: skip
+    for path, delta in expert.deltas.items():
+        if path in base.modules:
+            yield from _delta_problems(path, delta, base.modules[path], where)
+
+
+def _delta_problems(path: str, delta: LoraDelta, module: ModuleInfo, where: str) -> Iterator[ExportError]:
+    if module.kind is ModuleKind.OTHER:
+        yield ExportError(
+            f"module {path} is a {module.type_name}", where=where, need="Linear, Embedding or Conv1D", code="E_FIT"
+        )
+        return
+    sizes = (("A", delta.a.shape[1], module.in_features, "in"), ("B", delta.b.shape[0], module.out_features, "out"))
+    for side, got, need, name in sizes:
+        if got != need:
+            yield ExportError(
+                f"LoRA {side} of {path} does not fit the base", where=where, got=f"{name} = {got}",
+                need=f"{name} = {need}", fix="give the base the adapter was trained on", code="E_FIT",
+            )  # fmt: skip
+
+
+def _missing_targets(origin: Origin, adapters: AdapterSet, base: BaseDescription) -> Iterator[ExportError]:
+    """Modules the checkpoint's own rule selects in this base but has no tensors for (a base with more blocks)."""
+    experts = {f"expert:{expert.name}": expert for expert in adapters.experts}
+    if origin.is_target is None or origin.role not in experts:
+        return
+    deltas = experts[origin.role].deltas
+    targets = (path for path, module in base.modules.items() if module.kind is not ModuleKind.OTHER)
+    missing = [path for path in targets if path not in deltas and origin.is_target(path)]
+    if missing:
+        yield ExportError(
+            f"{len(missing)} modules are targets of its config but have no LoRA tensors",
+            where=f"{origin.role} ({shown_path(origin.folder)})", got=listed(missing),
+            need=f"tensors for every target of a {base.model_type} with {_blocks(base)} blocks",
+            fix="give the base the adapter was trained on, or the complete adapter", code="E_FIT",
+        )  # fmt: skip
+
+
+def _other_base(origin: Origin, base: BaseDescription, notes: list[str]) -> Iterator[ExportError]:
+    """A recorded base that is still here and built differently is an error; another name alone is a note."""
+    if origin.base_name is None:
+        return
+    folder = named_folder(origin)
+    if folder is not None and folder == base.folder.resolve():
+        return
+    if Path(origin.base_name).name != Path(base.name).name:
+        notes.append(f"{origin.role} was trained on {shown(origin.base_name)}, the base given is {shown(base.name)}")
+    recorded: dict[str, Any] = {}
+    problems: list[InputError] = []
+    if folder is not None:
+        with gathering(problems):  # the other base is none of our inputs: unreadable, it says nothing
+            recorded = read_json(folder / "config.json")
+    given = read_json(base.folder / "config.json")
+    differing = [name for name in SAME_FIELDS if name in recorded and recorded[name] != given.get(name)]
+    if differing:
+        yield ExportError(
+            "was trained on a base that is built differently", where=f"{origin.role} ({shown_path(origin.folder)})",
+            got=", ".join(f"{name} {shown(given.get(name))}" for name in differing),
+            need=f"{', '.join(f'{name} {shown(recorded[name])}' for name in differing)} as in {shown_path(folder)}"
+            if folder else "", fix="give that base", code="E_FIT",
+        )  # fmt: skip
+
+
+def _gate_problems(adapters: AdapterSet, base: BaseDescription) -> Iterator[ExportError]:
+    """The gate reads hidden_size values and gives E, or sites * E."""
+    gate = adapters.gate
+    if gate is None:
+        return
+    sites = len({path for expert in adapters.experts for path in expert.deltas})
+    outputs = len(adapters.experts) * (sites if gate.layerwise else 1)
+    if gate.weights[0].shape[1] != base.hidden_size:
+        got, need = str(gate.weights[0].shape[1]), f"hidden_size {base.hidden_size} of the base"
+        yield ExportError("the gate's input does not fit the base", where="gate", got=got, need=need, code="E_FIT")
+    if gate.weights[-1].shape[0] != outputs:
+        need = f"{outputs} = {len(adapters.experts)} experts" + (f" x {sites} modules" if gate.layerwise else "")
+        got = str(gate.weights[-1].shape[0])
+        yield ExportError("the gate's outputs do not fit the experts", where="gate", got=got, need=need, code="E_FIT")
+
+
+def _check_saved_base(origin: Origin, base: BaseDescription) -> list[str]:
+    """Embeddings and heads that PEFT saved beside a LoRA must be those of the base; else the base was resized."""
+    notes: list[str] = []
+    problems: list[InputError] = []
+    for path in origin.files if origin.role != "gate" else ():
+        if path.suffix == ".safetensors":
+            with open_weights(path) as file:
+                for key, base_key in saved_base_tensors(file).items():
+                    with gathering(problems):
+                        _require_same(file, key, base_key, base)
+                        notes.append(f"{origin.role}: {base_key} is saved beside the LoRA and equals the base's")
+    raise_all(shown_path(origin.folder), problems)
+    return notes
+
+
+def _require_same(file: WeightsFile, key: str, base_key: str, base: BaseDescription) -> None:
+    """The saved tensor equals the base's one, rounded to the dtype it was saved in; read in chunks of rows."""
+    names = _base_keys(base_key, base)
+    for path in base.files:
+        with open_weights(path) as stored:
+            for name in names & set(stored.entries):
+                if not _is_same(file, key, stored, name):
+                    raise _differs(file, key, f"its values are not those of {base_key} in the base")
+                return
+    raise _differs(file, key, f"the base has no {base_key} to compare it with")
+
+
+def _base_keys(base_key: str, base: BaseDescription) -> set[str]:
+    """The names a tensor can have in the base's files: as it is, without the model prefix, or its tied twin."""
+    names = {base_key, base_key.partition(".")[2]}
+    if base.tied_embeddings:
+        twins = [path for path, module in base.modules.items() if module.kind is ModuleKind.EMBEDDING]
+        names |= {f"{twins[0]}.weight", "lm_head.weight"}
+    return names - {""}
+
+
+def _is_same(left: WeightsFile, left_key: str, right: WeightsFile, right_key: str) -> bool:
+    a, b = left.entries[left_key], right.entries[right_key]
+    if a.shape != b.shape or not a.shape or not {a.dtype, b.dtype} <= set(FLOAT_DTYPES):
+        return False
+    for first in range(0, a.shape[0], _CHUNK_ROWS):
+        saved = left.read_rows(left_key, first, _CHUNK_ROWS)
+        given = right.read_rows(right_key, first, _CHUNK_ROWS)
+        if not torch.equal(saved, given.to(saved.dtype)) and not torch.equal(saved.to(given.dtype), given):
+            return False
+    return True
+
+
+def _differs(file: WeightsFile, key: str, reason: str) -> ExportError:
+    return ExportError(
+        f"tensor {key} replaces a tensor of the base: {reason}", where=shown_path(file.path),
+        fix="give the base the adapter was trained on; resized or retrained embeddings are not supported",
+        code="E_FIT",
+    )  # fmt: skip
+
+
+def _blocks(base: BaseDescription) -> int:
+    return int(base.text_config.num_hidden_layers)

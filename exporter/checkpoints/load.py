@@ -1,0 +1,57 @@
+"""Loading the base's weights through transformers' loader: safetensors only, no code, nothing left random."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from exporter.checkpoints.base import BaseDescription
+from exporter.checkpoints.files import shown_path
+from exporter.checkpoints.problems import listed
+from exporter.checkpoints.weights_file import is_finite
+from exporter.errors import ExportError
+from runtime.errors import InputError, raise_all
+
+
+def load_base(base: BaseDescription, dtype: torch.dtype) -> Any:
+    """The base model in eval mode without gradients; refuses missing, unused, misshapen and non-finite weights."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            base.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+            output_loading_info=True, low_cpu_mem_usage=True,
+        )  # fmt: skip
+    except Exception as error:  # the loader raises anything on damaged files
+        got = f"{type(error).__name__}: {str(error)[:300]}"
+        raise ExportError("the base could not be loaded", where=shown_path(base.folder), got=got) from error
+    raise_all(shown_path(base.folder), [*_loading_problems(info, base), *_value_problems(model, dtype)])
+    model.config.use_cache = False
+    return model.eval().requires_grad_(False)
+
+
+def _loading_problems(info: dict[str, Any], base: BaseDescription) -> list[InputError]:
+    """What transformers only warns of: it would leave such weights random."""
+    problems: list[InputError] = []
+    for field, what in (
+        ("missing_keys", "weights are missing from the base's files"),
+        ("unexpected_keys", "weights in the base's files belong to no module"),
+        ("mismatched_keys", "weights of the base have the wrong shape"),
+        ("error_msgs", "the base could not be read"),
+    ):
+        if found := info.get(field):
+            names = sorted(str(name) for name in found)
+            problems.append(
+                ExportError(what, where=shown_path(base.folder), got=listed(names), fix="check config.json and files")
+            )
+    return problems
+
+
+def _value_problems(model: torch.nn.Module, dtype: torch.dtype) -> list[InputError]:
+    """NaN and infinities, in the file or by rounding to `dtype`."""
+    bad = [name for name, value in model.named_parameters() if value.is_floating_point() and not is_finite(value)]
+    if not bad:
+        return []
+    fix = "build with --dtype bfloat16 or float32" if dtype is torch.float16 else "use an undamaged base"
+    return [ExportError(f"weights of the base are not finite as {dtype}", got=listed(bad), fix=fix, code="E_VALUE")]

@@ -1,0 +1,167 @@
+"""adapter_config.json of one LoRA: the fields we use, those we may ignore, those we refuse by name."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from exporter.checkpoints.files import shown_path
+from exporter.checkpoints.patterns import TargetRule, check_pattern, value_for
+from exporter.checkpoints.problems import gathering, problems_from_schema, shown
+from exporter.errors import ExportError
+from runtime.errors import InputError, raise_all
+
+MAX_RANK = 1024
+MAX_ALPHA = 65_536.0
+
+Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+Alpha = Annotated[float, Field(gt=0, le=MAX_ALPHA)]
+Name = Annotated[str, Field(max_length=1024)]
+Names = Annotated[list[Name], Field(max_length=20_000)]
+Patterns = Annotated[dict[Name, Rank], Field(max_length=20_000)]
+
+# These change nothing in the forward pass of a saved adapter in evaluation.
+IGNORED_FIELDS = frozenset({
+    "task_type", "auto_mapping", "peft_version", "inference_mode", "lora_dropout", "fan_in_fan_out", "revision",
+    "megatron_core", "qalora_group_size", "runtime_config", "eva_config", "loftq_config", "corda_config",
+    "lora_ga_config",
+})  # fmt: skip
+
+# Field -> why a set value is refused.
+REFUSED_FIELDS = {
+    "use_dora": "DoRA rescales the whole weight and is not a sum of scaled deltas; X-LoRA cannot mix it",
+    "lora_bias": "a bias on lora_B is added ungated, even at scaling 0",
+    "modules_to_save": "it replaces whole modules of the base",
+    "target_parameters": "LoRA on raw parameters (3-D mixture-of-experts weights) has no site here",
+    "alora_invocation_tokens": "aLoRA switches on at an invocation token",
+    "layer_replication": "it changes the number of blocks of the base",
+    "trainable_token_indices": "it replaces rows of the embedding",
+    "use_qalora": "QALoRA pools the input of lora_A",
+    "use_bdlora": "BD-LoRA's blocks are not a plain low-rank product",
+    "arrow_config": "Arrow routes by its own prototypes",
+    "velora_config": "VeLoRA is not plain LoRA",
+    "monteclora_config": "MonteCLoRA samples its weights",
+    "kasa_config": "KaSA changes the base weights",
+    "megatron_config": "Megatron's parallel layers are not Linear",
+    "ensure_weight_tying": "one LoRA shared by embedding and lm_head has no site here",
+}
+
+# init_lora_weights that leave the base as it is; the others need the base they modified.
+PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal"})
+
+
+class LoraFields(BaseModel):
+    """The fields that decide what the adapter computes."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
+
+    r: Rank = 8
+    lora_alpha: Alpha = 8
+    use_rslora: bool = False
+    rank_pattern: Patterns | None = None
+    alpha_pattern: Annotated[dict[Name, Alpha], Field(max_length=20_000)] | None = None
+    target_modules: Names | Name | None = None
+    exclude_modules: Names | Name | None = None
+    layers_to_transform: Annotated[list[int], Field(max_length=20_000)] | int | None = None
+    layers_pattern: Names | Name | None = None
+    base_model_name_or_path: Annotated[str, Field(max_length=4096)] | None = None
+
+    def rank_of(self, path: str) -> int:
+        """The rank of this module, after rank_pattern."""
+        return value_for(self.rank_pattern or {}, path, self.r)
+
+    def scale_of(self, path: str) -> float:
+        """alpha / r, or alpha / sqrt(r) with rsLoRA, after both patterns (peft LoraLayer.update_layer)."""
+        rank = self.rank_of(path)
+        alpha = value_for(self.alpha_pattern or {}, path, self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def target_rule(self) -> TargetRule | None:
+        """Which modules the adapter targets; None where the file leaves it to PEFT's defaults."""
+        if self.target_modules is None or self.target_modules == "all-linear":
+            return None
+        blocks = self.layers_to_transform
+        return TargetRule(
+            targets=_names(self.target_modules),
+            excluded=_names(self.exclude_modules or ()),
+            blocks=(blocks,) if isinstance(blocks, int) else tuple(blocks or ()),
+            block_patterns=_as_list(self.layers_pattern),
+        )
+
+
+def parse_lora_config(raw: dict[str, Any], path: Path) -> LoraFields:
+    """The checked fields of adapter_config.json; all that is wrong with it is raised at once."""
+    where = shown_path(path)
+    require_peft_type(raw, "LORA", where)
+    problems: list[InputError] = refused_fields(raw, where)
+    try:
+        fields = LoraFields.model_validate(raw)
+    except ValidationError as error:
+        problems.extend(problems_from_schema(error, where))
+    else:
+        for pattern, field in _patterns(fields):
+            with gathering(problems):
+                check_pattern(pattern, field, where)
+    raise_all(where, problems)
+    return fields
+
+
+def require_peft_type(raw: dict[str, Any], wanted: str, where: str) -> None:
+    """Refuse any adapter kind but `wanted`."""
+    kind = raw.get("peft_type")
+    if kind != wanted:
+        raise ExportError(
+            "is not the adapter kind needed here", where=where, got=f"peft_type {shown(kind)}",
+            need=f"peft_type '{wanted}'", fix="give a plain LoRA folder for each expert", code="E_KIND",
+        )  # fmt: skip
+
+
+def refused_fields(raw: dict[str, Any], where: str) -> list[InputError]:
+    """One problem for each field whose value we cannot represent."""
+    problems: list[InputError] = []
+    for field, reason in REFUSED_FIELDS.items():
+        if raw.get(field):
+            problems.append(_unsupported(where, f"{field} = {shown(raw[field])}", reason))
+    if raw.get("bias", "none") != "none":
+        problems.append(_unsupported(where, f"bias = {shown(raw['bias'])}", "trained biases replace those of the base"))
+    init = raw.get("init_lora_weights", True)
+    if not (isinstance(init, bool) or (isinstance(init, str) and init in PLAIN_INITS)):
+        reason = "this initialisation changes the base weights; convert it to LoRA when saving (path_initial_model_...)"
+        problems.append(_unsupported(where, f"init_lora_weights = {shown(init)}", reason))
+    known = {*IGNORED_FIELDS, *REFUSED_FIELDS, *LoraFields.model_fields, "bias", "init_lora_weights", "peft_type"}
+    # A newer PEFT adds fields; unset, they change nothing. The exact set of tensors is checked anyway.
+    for field in (field for field in raw if field not in known and raw[field]):
+        problems.append(_unsupported(where, f"{shown(field)} = {shown(raw[field])}", "this field is not known here"))
+    return problems
+
+
+def _unsupported(where: str, what: str, reason: str) -> ExportError:
+    return ExportError(
+        f"{what} cannot be exported: {reason}", where=where, fix="train or convert the adapter without it",
+        code="E_UNSUPPORTED",
+    )  # fmt: skip
+
+
+def _patterns(fields: LoraFields) -> list[tuple[str, str]]:
+    """Every regular expression of the config and its field."""
+    found = [(pattern, "rank_pattern") for pattern in fields.rank_pattern or {}]
+    found += [(pattern, "alpha_pattern") for pattern in fields.alpha_pattern or {}]
+    found += [(pattern, "layers_pattern") for pattern in _as_list(fields.layers_pattern)]
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(value := getattr(fields, field), str):
+            found.append((value, field))
+    return found
+
+
+def _names(value: str | list[str] | tuple[str, ...]) -> str | tuple[str, ...]:
+    return value if isinstance(value, str) else tuple(value)
+
+
+def _as_list(value: str | list[str] | None) -> tuple[str, ...]:
+    """PEFT takes one name or a list; an empty one means none."""
+    if not value:
+        return ()
+    return (value,) if isinstance(value, str) else tuple(value)

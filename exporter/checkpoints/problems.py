@@ -1,0 +1,63 @@
+"""Collecting everything that is wrong with a checkpoint before raising once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+
+from pydantic import ValidationError
+
+from exporter.errors import ExportError
+from runtime.errors import InputError, Problems
+
+SHOWN = 8  # names in one sentence
+MOST = 24  # problems in one report; a wrong base makes thousands
+
+
+@contextmanager
+def gathering(problems: list[InputError]) -> Iterator[None]:
+    """Append what the block raises to `problems` and go on, so that one look finds all of it."""
+    try:
+        yield
+    except Problems as several:
+        problems.extend(several.problems)
+    except InputError as one:
+        problems.append(one)
+
+
+def listed(names: Iterable[object], limit: int = SHOWN) -> str:
+    """The first names, and how many there are beyond them."""
+    every = [str(name) for name in names]
+    more = len(every) - limit
+    return ", ".join(every[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def shortened(problems: list[InputError]) -> list[InputError]:
+    """At most `MOST` problems; the last line then says how many were left out."""
+    if len(problems) <= MOST:
+        return problems
+    left_out = len(problems) - MOST + 1
+    return [*islice(problems, MOST - 1), ExportError(f"{left_out} more problems of these kinds", code=problems[0].code)]
+
+
+def shown(value: object) -> str:
+    """A value from outside, cut and escaped so that it can stand in one line of an error."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**18:
+        return f"an integer of {value.bit_length()} bits"
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def problems_from_schema(error: ValidationError, where: str) -> list[InputError]:
+    """One problem for each field that the schema refused."""
+    return [
+        ExportError(
+            f"field {shown('.'.join(str(part) for part in item['loc']))} is refused: {item['msg']}",
+            where=where,
+            got=shown(item["input"]),
+            fix="correct the value; this file is written by the training tool",
+            code="E_CONFIG",
+        )
+        for item in error.errors(include_url=False)
+    ]

@@ -1,0 +1,67 @@
+"""Digests of every file that was read, so that a later `verify` can tell whether the sources are the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from exporter.adapters import AdapterSet
+from exporter.checkpoints.base import BaseDescription
+from exporter.checkpoints.files import open_regular
+from exporter.errors import ExportError
+from runtime.errors import InputError, raise_all
+from runtime.manifest import SourceInfo
+
+_CHUNK = 1 << 20
+
+
+def source_files(adapters: AdapterSet, base: BaseDescription | None) -> tuple[SourceInfo, ...]:
+    """Role, file name, size and sha256 of all files used, in the order base, experts by column, gate."""
+    listed: list[tuple[str, Path, str]] = []
+    if base is not None:
+        listed += [("base", path, path.name) for path in (base.folder / "config.json", *base.files)]
+    for origin in adapters.origins:
+        listed += [(origin.role, path, _inside(path, origin.folder)) for path in origin.files]
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib releases the GIL
+        digests = list(pool.map(_digest, [path for _, path, _ in listed]))
+    return tuple(
+        SourceInfo(role=role, file=name, size=size, sha256=digest)
+        for (role, _, name), (size, digest) in zip(listed, digests, strict=True)
+    )
+
+
+def compare_sources(recorded: Iterable[SourceInfo], found: Sequence[SourceInfo]) -> None:
+    """Refuse sources that are not the recorded ones: changed, missing or additional files, all named at once."""
+    now = {(source.role, source.file): source for source in found}
+    problems: list[InputError] = []
+    for source in recorded:
+        other = now.pop((source.role, source.file), None)
+        if other != source:
+            got = f"{other.size} bytes, sha256 {other.sha256[:16]}" if other else "no such file"
+            need = f"{source.size} bytes, sha256 {source.sha256[:16]}"
+            problems.append(_changed(source, got, need))
+    problems.extend(_changed(source, "an additional file", "the files recorded at build") for source in now.values())
+    raise_all("sources", problems)
+
+
+def _changed(source: SourceInfo, got: str, need: str) -> ExportError:
+    return ExportError(
+        f"{source.file} of {source.role} is not the file the bundle was built from", got=got, need=need,
+        fix="give the sources of the build", code="E_DIGEST",
+    )  # fmt: skip
+
+
+def _inside(path: Path, folder: Path) -> str:
+    """The file's name inside its folder, POSIX; no machine path."""
+    return path.relative_to(folder).as_posix()
+
+
+def _digest(path: Path) -> tuple[int, str]:
+    digest, size = hashlib.sha256(), 0
+    with open_regular(path) as file:
+        while block := file.read(_CHUNK):
+            digest.update(block)
+            size += len(block)
+    return size, digest.hexdigest()

@@ -1,0 +1,171 @@
+"""Dynamic mode: base modules replaced by gated ones, and the traced model around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from exporter.attention import ATTENTION_NAME, CacheState
+from exporter.gate import Gate
+from exporter.sites import Site, SiteKind
+from runtime.signature import CacheStyle
+
+
+@dataclass(slots=True)
+class StepState:
+    """What gated modules and the head read and leave during one forward of the traced model."""
+
+    scalings: torch.Tensor | None = None  # [B, S, G, E]
+    logit_index: torch.Tensor | None = None  # [B, K]
+    hidden: torch.Tensor | None = field(default=None)  # [B, S, H] after the final norm
+
+    def scalings_of(self, site: int) -> torch.Tensor:
+        """This site's scalings [B, S, E]; G = 1 is shared by all sites."""
+        assert self.scalings is not None
+        return self.scalings.select(2, site if self.scalings.shape[2] > 1 else 0)
+
+
+LORA_LEAVES = ("lora_a", "lora_b", "lora_weights")
+
+
+class GatedModule(nn.Module):
+    """A base module plus the gated low-rank update of its site: y = W x + ((x aT) * (s . weights)) bT."""
+
+    def __init__(self, base: nn.Module, site: Site, state: StepState) -> None:
+        super().__init__()
+        self.base = base
+        self.path = site.path
+        self.site = site.index
+        self.state = state
+        dtype = next(base.parameters()).dtype
+        self.lora_a = nn.Parameter(site.a.to(dtype), requires_grad=False)
+        self.lora_b = nn.Parameter(site.b.to(dtype), requires_grad=False)
+        self.lora_weights = nn.Parameter(site.weights, requires_grad=False)
+
+    def columns(self) -> torch.Tensor:
+        """The factor of every rank column: s . weights, [B, S, R]."""
+        return self.state.scalings_of(self.site) @ self.lora_weights
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + F.linear(F.linear(x, self.lora_a) * self.columns().to(x.dtype), self.lora_b)
+
+
+class GatedEmbedding(GatedModule):
+    """Token lookup in a (kept as [vocab, R]), gated, then b; times the base's embed_scale (PEFT lora.Embedding)."""
+
+    def __init__(self, base: nn.Module, site: Site, state: StepState) -> None:
+        super().__init__(base, site, state)
+        self.lora_a = nn.Parameter(self.lora_a.T.contiguous(), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        looked_up = F.embedding(x, self.lora_a)
+        delta = F.linear(looked_up * self.columns().to(looked_up.dtype), self.lora_b)
+        scale = getattr(self.base, "embed_scale", None)
+        return self.base(x) + (delta if scale is None else delta * scale.to(delta.dtype))
+
+
+class GatedHead(GatedModule):
+    """An adapted lm_head: sees only the picked positions, so its scalings are picked too."""
+
+    def columns(self) -> torch.Tensor:
+        assert self.state.logit_index is not None
+        return pick(self.state.scalings_of(self.site), self.state.logit_index) @ self.lora_weights
+
+
+class PickingHead(nn.Module):
+    """Stands where lm_head stood: leaves the hidden state for the gate, computes logits for picked positions only."""
+
+    def __init__(self, head: nn.Module, state: StepState) -> None:
+        super().__init__()
+        self.head = head
+        self.state = state
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        assert self.state.logit_index is not None
+        self.state.hidden = hidden
+        return self.head(pick(hidden, self.state.logit_index))
+
+
+def pick(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows of x [B, S, D] at index [B, K] -> [B, K, D]."""
+    return torch.gather(x, 1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+GATED: Mapping[SiteKind, type[GatedModule]] = {
+    SiteKind.LINEAR: GatedModule,
+    SiteKind.CONV1D: GatedModule,
+    SiteKind.EMBEDDING: GatedEmbedding,
+    SiteKind.LM_HEAD: GatedHead,
+}
+
+
+@contextmanager
+def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put `modules` in place of the ones at their paths; the model gets its own modules back at the end."""
+    originals = {path: model.get_submodule(path) for path in modules}
+    try:
+        for path, module in modules.items():
+            model.set_submodule(path, module)
+        yield
+    finally:
+        for path, module in originals.items():
+            model.set_submodule(path, module)
+
+
+class TracedModel(nn.Module):
+    """One decoder step of the design's signature, built on the Hugging Face model as it is."""
+
+    def __init__(self, model: PreTrainedModel, state: StepState, gate: Gate | None, cache: CacheStyle) -> None:
+        super().__init__()
+        self.model = model
+        self.gate = gate
+        self.state = state
+        self.cache = cache
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # [B, S]
+        position_ids: torch.Tensor,  # [B, S]
+        cache_lengths: torch.Tensor | None,  # [B]
+        scalings: torch.Tensor | None,  # [B, S, G, E]
+        logit_index: torch.Tensor,  # [B, K]
+        past: Sequence[torch.Tensor],  # per block: keys, values [B, Hkv, C, D]
+    ) -> tuple[torch.Tensor, ...]:
+        self.state.scalings, self.state.logit_index = scalings, logit_index
+        cache = CacheState(past, cache_lengths, input_ids.shape[1], self.cache)
+        logits = self.model(
+            input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True, cache_state=cache
+        ).logits
+        assert self.state.hidden is not None
+        gate = () if self.gate is None else (self.gate(self.state.hidden),)
+        return (logits, *gate, *(cache.present if self.cache is not CacheStyle.NONE else ()))
+
+
+@contextmanager
+def traced_model(
+    model: PreTrainedModel, sites: Sequence[Site], gate: Gate | None, cache: CacheStyle
+) -> Iterator[TracedModel]:
+    """The model with its sites gated, its head picking and its attention reading session-owned caches."""
+    state = StepState()
+    modules: dict[str, nn.Module] = {s.path: GATED[s.kind](model.get_submodule(s.path), s, state) for s in sites}
+    head = head_path(model)
+    modules[head] = PickingHead(modules.get(head, model.get_submodule(head)), state)
+    attention = model.config._attn_implementation
+    model.config._attn_implementation = ATTENTION_NAME
+    try:
+        with replaced(model, modules):
+            yield TracedModel(model, state, gate, cache).eval()
+    finally:
+        model.config._attn_implementation = attention
+
+
+def head_path(model: PreTrainedModel) -> str:
+    """The module path of the output embedding ("lm_head")."""
+    head = model.get_output_embeddings()
+    return next(name for name, module in model.named_modules() if module is head)

@@ -1,0 +1,99 @@
+"""What the rest needs to know of a loaded Hugging Face model: sites' kinds, cache shapes, limits, what we refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from exporter.checkpoints import BaseDescription, ModuleKind
+from exporter.dynamic import head_path
+from exporter.errors import ExportError
+from exporter.sites import SiteKind
+from exporter.spec import DType
+from runtime.manifest import BaseModelInfo, Emit
+from runtime.signature import CacheStyle, SignatureShape
+
+# Position scaling that depends on the sequence length is a branch in the model, not a graph.
+DATA_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+def module_kinds(base: BaseDescription, model: PreTrainedModel) -> list[tuple[str, SiteKind]]:
+    """Every module an expert may touch, in module-tree order (PEFT's `layer_number` order)."""
+    head = head_path(model)
+    known = {
+        ModuleKind.LINEAR: SiteKind.LINEAR,
+        ModuleKind.CONV1D: SiteKind.CONV1D,
+        ModuleKind.EMBEDDING: SiteKind.EMBEDDING,
+    }
+    return [
+        (path, SiteKind.LM_HEAD if path == head else known[info.kind])
+        for path, info in base.modules.items()
+        if info.kind in known
+    ]
+
+
+def refuse_untraceable(base: BaseDescription, emit: Emit) -> None:
+    """Refuse by name what no graph of ours can hold, before any weight is read."""
+    config = base.text_config
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))]
+    if found := [kind for kind in DATA_DEPENDENT_ROPE if kind in kinds]:
+        raise ExportError(
+            f"rope_type {found[0]!r} changes with the sequence length and cannot be traced",
+            where=f"base {base.name}",
+            need="default, linear, llama3 or yarn",
+        )
+    if emit is Emit.MODERN and getattr(config, "attn_logit_softcapping", None) is not None:
+        raise ExportError(
+            f"{base.model_type} caps its attention logits (softcap), which TensorRT's Attention operator refuses",
+            where="--emit modern",
+            fix="--emit portable",
+        )
+
+
+def signature_shape(
+    model: PreTrainedModel, scalings: int, experts: int, *, gate: bool, dtype: DType, cache: CacheStyle
+) -> SignatureShape:
+    """The numbers of the graph's signature."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    blocks = config.num_hidden_layers
+    return SignatureShape(
+        vocab_size=model.get_output_embeddings().weight.shape[0],
+        kv_heads=(kv_heads,) * blocks,
+        head_dims=(head_dim,) * blocks,
+        scalings=scalings,
+        experts=experts,
+        gate=gate,
+        dtype=dtype.value,
+        cache=cache,
+    )
+
+
+def base_info(base: BaseDescription, model: PreTrainedModel, dtype: DType) -> BaseModelInfo:
+    """The manifest's record of the base."""
+    config = model.config.get_text_config()
+    return BaseModelInfo(
+        name=base.name,
+        model_type=base.model_type,
+        hidden_size=config.hidden_size,
+        blocks=config.num_hidden_layers,
+        vocab_size=model.get_output_embeddings().weight.shape[0],
+        max_positions=config.max_position_embeddings,
+        dtype=dtype.value,
+        bos_token_id=config.bos_token_id,
+        eos_token_ids=eos_token_ids(model),
+    )
+
+
+def eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    """The generation config's end tokens, or the model config's."""
+    found: set[int] = set()
+    for source in (model.generation_config, model.config.get_text_config()):
+        value: Any = getattr(source, "eos_token_id", None)
+        found |= set(value if isinstance(value, Sequence) else [] if value is None else [value])
+    return tuple(sorted(found))

@@ -1,0 +1,33 @@
+"""The passes of each emit profile, as literal lists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from exporter.passes.fold_shapes import FoldShapesPass
+from exporter.passes.name_weights import NameWeightsPass
+from exporter.passes.simplify import SimplifyPass
+from runtime.manifest import Emit
+
+
+def run_passes(model: ir.Model, weight_names: Mapping[str, str], emit: Emit) -> ir.Model:
+    """Rewrite a fresh trace in place into what the bundle holds."""
+    passes: list[ir.passes.InPlacePass] = [
+        NameWeightsPass(weight_names),
+        FoldShapesPass(),
+        common.IdentityEliminationPass(),
+        common.CommonSubexpressionEliminationPass(),
+        SimplifyPass(),
+        FoldShapesPass(),
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.TopologicalSortPass(),
+        common.ClearMetadataAndDocStringPass(),  # source paths and stack traces
+        common.NameFixPass(),
+    ]
+    for step in passes:
+        step(model)
+    return model

@@ -1,0 +1,150 @@
+"""The oracle of verification: X-LoRA as PEFT computes it, expert by expert, without cache, in fp32 torch.
+
+Written apart from `dynamic` and `gate` on purpose: it shares no maths with what is exported. Tests prove it equal
+to PEFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from exporter.adapters import AdapterSet, Expert, GateConfig, LoraDelta
+from exporter.dynamic import replaced
+from exporter.sites import SiteKind
+from runtime.manifest import TopkSoftmax
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceResult:
+    """One sequence: logits [T, V] and, with a gate, the scalings the gate gave [T, G, E]."""
+
+    logits: torch.Tensor
+    gate: torch.Tensor | None
+
+
+class _Scalings:
+    """What the looped modules read during one pass: raw scalings [1, T, n_sites, E]."""
+
+    value: torch.Tensor
+
+
+class LoopedModule(nn.Module):
+    """base(x) + sum over experts, in column order, of B(A(x * s)) * scale * global weight (PEFT XLoraLinearLayer)."""
+
+    def __init__(self, base: nn.Module, deltas: Sequence[LoraDelta | None], index: int, scalings: _Scalings) -> None:
+        super().__init__()
+        self.base, self.deltas, self.index, self.scalings = base, deltas, index, scalings
+        self.factor = 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scalings = self.scalings.value[:, :, self.index]  # [1, T, E]
+        result = self.base(x)
+        for e, delta in enumerate(self.deltas):
+            if delta is not None:
+                scaled = scalings[:, :, e, None] * self.factor
+                result = result + self.delta(x, delta, scaled) * delta.scale
+        return result
+
+    def delta(self, x: torch.Tensor, delta: LoraDelta, scaled: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x * scaled, delta.a.to(x.dtype)), delta.b.to(x.dtype))
+
+
+class LoopedEmbedding(LoopedModule):
+    """The same for a token lookup (PEFT XLoraEmbeddingLayer), times the base's embed_scale."""
+
+    def delta(self, x: torch.Tensor, delta: LoraDelta, scaled: torch.Tensor) -> torch.Tensor:
+        looked_up = F.embedding(x, delta.a.T.float()) * scaled
+        return F.linear(looked_up, delta.b.float()) * getattr(self.base, "embed_scale", 1.0)
+
+
+class Reference:
+    """Two full passes per sequence (or one under constant scalings) on the Hugging Face model with eager attention."""
+
+    def __init__(self, model: PreTrainedModel, adapters: AdapterSet, paths: Sequence[tuple[str, SiteKind]]) -> None:
+        self.model, self.experts, self.gate = model, adapters.experts, adapters.gate
+        self.sites = [(path, kind) for path, kind in paths if any(path in e.deltas for e in adapters.experts)]
+
+    def constant(self, row: Sequence[float], tokens: Sequence[int]) -> ReferenceResult:
+        """One pass with the same scalings [E] everywhere; no top-k rule applies to a mix."""
+        with self._looped() as scalings:
+            scalings.value = self._filled(torch.tensor(row), len(tokens))
+            return ReferenceResult(self._forward(tokens)[0], None)
+
+    def gated(self, tokens: Sequence[int]) -> ReferenceResult:
+        """X-LoRA: the scaling pass, the classifier, the main pass."""
+        assert self.gate is not None
+        with self._looped() as scalings:
+            dummy = torch.full((len(self.experts),), self.gate.scaling_pass_value)
+            scalings.value = _layer_rules(self._filled(dummy, len(tokens)), self.gate)
+            hidden = self._forward(tokens)[1]
+            raw = _classify(hidden, self.gate, len(self.experts))  # [1, T, G, E]
+            shown = _layer_rules(raw, self.gate)
+            scalings.value = shown.expand(-1, -1, len(self.sites), -1)
+            return ReferenceResult(self._forward(tokens)[0], shown[0])
+
+    def _filled(self, row: torch.Tensor, tokens: int) -> torch.Tensor:
+        return row.expand(1, tokens, len(self.sites), -1).clone()
+
+    @torch.no_grad()
+    def _forward(self, tokens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [T, V] and the hidden state after the final norm [1, T, H]."""
+        out = self.model(input_ids=torch.tensor([list(tokens)]), use_cache=False, output_hidden_states=True)
+        return out.logits[0].float(), out.hidden_states[-1]
+
+    @contextmanager
+    def _looped(self) -> Iterator[_Scalings]:
+        scalings = _Scalings()
+        modules: dict[str, nn.Module] = {}
+        for index, (path, kind) in enumerate(self.sites):
+            cls = LoopedEmbedding if kind is SiteKind.EMBEDDING else LoopedModule
+            module = cls(self.model.get_submodule(path), _deltas(self.experts, path), index, scalings)
+            module.factor = self.gate.global_scaling_weight if self.gate else 1.0
+            modules[path] = module
+        attention = self.model.config._attn_implementation
+        self.model.config._attn_implementation = "eager"
+        try:
+            with replaced(self.model, modules):
+                yield scalings
+        finally:
+            self.model.config._attn_implementation = attention
+
+
+def _deltas(experts: Sequence[Expert], path: str) -> list[LoraDelta | None]:
+    return [expert.deltas.get(path) for expert in experts]
+
+
+def _classify(hidden: torch.Tensor, gate: GateConfig, experts: int) -> torch.Tensor:
+    """PEFT XLoraClassifier.forward, up to and with the softmax: [1, T, G, E]."""
+    x = hidden.float()
+    last = len(gate.weights) - 1
+    for i, (weight, bias) in enumerate(zip(gate.weights, gate.biases, strict=True)):
+        x = x @ weight.T + (0.0 if bias is None else bias)
+        x = x.clamp_min(0) if gate.relu and i < last else x
+    logits = x.reshape(*x.shape[:2], -1, experts)
+    return (logits / gate.temperature).softmax(-1) if gate.softmax else logits
+
+
+def _layer_rules(scalings: torch.Tensor, gate: GateConfig) -> torch.Tensor:
+    """PEFT XLoraLayer.get_maybe_topk_scalings, site by site, with -inf masks and boolean indexing as written there."""
+    return torch.stack([_site_rules(s, gate) for s in scalings.unbind(2)], dim=2)
+
+
+def _site_rules(scalings: torch.Tensor, gate: GateConfig) -> torch.Tensor:
+    if gate.top_k is not None:
+        chosen = scalings.topk(gate.top_k, dim=-1).indices
+        scalings = scalings * torch.zeros_like(scalings).scatter(-1, chosen, 1.0)
+    if not gate.softmax_topk:
+        return scalings
+    kept = scalings != 0
+    if gate.topk_softmax is TopkSoftmax.FLATTENED:
+        result = torch.zeros_like(scalings)
+        result[kept] = scalings[kept].softmax(-1)  # over all tokens together, as PEFT did before 0.18
+        return result
+    return scalings.masked_fill(~kept, -torch.inf).softmax(-1).masked_fill(~kept, 0.0)

@@ -1,0 +1,76 @@
+"""Sites: adapted modules with the deltas of all experts stacked along the rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+from exporter.adapters import AdapterSet
+from exporter.errors import ExportError
+
+
+class SiteKind(StrEnum):
+    """What the base module does with its input; decides where the low-rank product goes."""
+
+    LINEAR = "linear"
+    CONV1D = "conv1d"  # GPT-2's Linear with a transposed weight [in, out]
+    EMBEDDING = "embedding"
+    LM_HEAD = "lm_head"  # a Linear that sees only the picked positions
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One adapted module; columns of different experts lie side by side, without padding.
+
+    a [R, in] (embedding: [R, vocab]), b [out, R], weights [E, R] with weights[e, j] = scale_e (alpha/r or
+    alpha/sqrt(r), times the global scaling weight) where rank column j belongs to expert e, else 0.
+    dynamic y = W x + ((x aT) * (s . weights)) bT      static W' = W + (b * (s . weights)) a
+    """
+
+    path: str
+    kind: SiteKind
+    index: int  # position among the sites = PEFT's layer_number
+    a: torch.Tensor
+    b: torch.Tensor
+    weights: torch.Tensor
+    experts: tuple[str, ...]  # those that have columns here, in column order
+    ranks: tuple[int, ...]
+
+
+def stack(adapters: AdapterSet, module_kinds: Sequence[tuple[str, SiteKind]]) -> tuple[Site, ...]:
+    """Make the sites, in module-tree order of the union of the experts' targets (PEFT's `layer_number` order)."""
+    factor = adapters.gate.global_scaling_weight if adapters.gate else 1.0
+    touched = {path for expert in adapters.experts for path in expert.deltas}
+    ordered = [(path, kind) for path, kind in module_kinds if path in touched]
+    if missing := touched - {path for path, _ in ordered}:
+        raise ExportError(
+            "experts touch modules that the base model lacks",
+            got=", ".join(sorted(missing)[:5]),
+            fix="use the base model the experts were trained on",
+        )
+    return tuple(_stack_site(adapters, path, kind, i, factor) for i, (path, kind) in enumerate(ordered))
+
+
+def _stack_site(adapters: AdapterSet, path: str, kind: SiteKind, index: int, factor: float) -> Site:
+    parts = [
+        (e, expert.name, expert.deltas[path]) for e, expert in enumerate(adapters.experts) if path in expert.deltas
+    ]
+    ranks = tuple(delta.a.shape[0] for _, _, delta in parts)
+    weights = torch.zeros(len(adapters.experts), sum(ranks))
+    start = 0
+    for (e, _, delta), rank in zip(parts, ranks, strict=True):
+        weights[e, start : start + rank] = delta.scale * factor
+        start += rank
+    return Site(
+        path,
+        kind,
+        index,
+        torch.cat([delta.a.float() for _, _, delta in parts]),
+        torch.cat([delta.b.float() for _, _, delta in parts], dim=1),
+        weights,
+        tuple(name for _, name, _ in parts),
+        ranks,
+    )

@@ -1,0 +1,72 @@
+"""Static mode: one fixed mix folded into the base weights; the graph is the plain base model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from exporter.errors import ExportError
+from exporter.sites import Site, SiteKind
+from exporter.store import Weight
+
+
+def mix_row(mix: Mapping[str, float], experts: Sequence[str]) -> torch.Tensor:
+    """The mix as scalings [E]; experts it does not name get 0."""
+    if unknown := sorted(set(mix) - set(experts)):
+        raise ExportError(
+            "the mix names experts that do not exist",
+            where="--mix",
+            got=", ".join(unknown),
+            need=f"some of {', '.join(experts)}",
+        )
+    row = torch.tensor([float(mix.get(name, 0.0)) for name in experts])
+    if not torch.isfinite(row).all():
+        raise ExportError("the mix has a weight that is not finite", where="--mix", got=str(dict(mix)))
+    return row
+
+
+def folded_weight(base: torch.Tensor, site: Site, row: torch.Tensor) -> torch.Tensor:
+    """W' = W + (b * (s . weights)) a in fp32, rounded once to W's dtype. Conv1D and Embedding store W transposed.
+
+    An embedding's `embed_scale` needs no care: its forward multiplies the folded row, as PEFT multiplies the delta.
+    """
+    delta = (site.b * (row @ site.weights)) @ site.a
+    if site.kind in (SiteKind.CONV1D, SiteKind.EMBEDDING):
+        delta = delta.T
+    return (base.float() + delta).to(base.dtype)
+
+
+def folded_weights(model: nn.Module, sites: Iterable[Site], row: torch.Tensor, prefix: str) -> list[Weight]:
+    """The changed weights, computed when the store writes them, under the name PREFIX/<parameter>."""
+
+    def weight(site: Site) -> Weight:
+        base = model.get_parameter(f"{site.path}.weight")
+        return Weight(
+            f"{prefix}/{site.path}.weight", base.dtype, tuple(base.shape), lambda: folded_weight(base, site, row)
+        )
+
+    return [weight(site) for site in sites]
+
+
+@contextmanager
+def untied(model: PreTrainedModel, sites: Iterable[Site]) -> Iterator[dict[str, str]]:
+    """Give the head a parameter of its own (same memory) when an adapted site shares it with the embedding.
+
+    Yields head parameter -> embedding parameter where that was needed, else nothing.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head.weight is embedding.weight
+    shared = head.weight
+    twins: dict[str, str] = {}
+    if tied and any(site.kind in (SiteKind.EMBEDDING, SiteKind.LM_HEAD) for site in sites):
+        head.weight = nn.Parameter(shared.detach(), requires_grad=False)
+        names = {id(module): name for name, module in model.named_modules()}
+        twins[f"{names[id(head)]}.weight"] = f"{names[id(embedding)]}.weight"
+    try:
+        yield twins
+    finally:
+        head.weight = shared

@@ -1,0 +1,126 @@
+"""The weight store: safetensors files that all graphs of a bundle point into, written one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+FOLDER = "weights"
+# Data starts on a page, so that a memory map of any tensor is aligned as well as the file can be.
+HEADER_ALIGNMENT = 4096
+
+_SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+_ONNX_TYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.int64: ir.DataType.INT64,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A tensor to be stored: what the header needs, and how to get the values when their turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+def weight_from_tensor(name: str, tensor: torch.Tensor) -> Weight:
+    """A weight that is already in memory (or mapped)."""
+    return Weight(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a tensor lies: a file under the bundle's root and a byte range in it."""
+
+    path: str  # POSIX, relative to the bundle
+    offset: int
+    length: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class WeightStore:
+    """Tensors by name, each stored once, under `root`/weights."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.stored: dict[str, Stored] = {}
+
+    def write(self, file: str, weights: Iterable[Weight]) -> None:
+        """Write those of `weights` the store does not hold yet into weights/`file`.safetensors, sorted by name.
+
+        A file is never written twice: later tensors go into `file`-2 and so on.
+        """
+        new = sorted((w for w in weights if w.name not in self.stored), key=lambda w: w.name)
+        if not new:
+            return
+        path = self._fresh(file)
+        path.parent.mkdir(exist_ok=True)
+        header = _header(new)
+        with path.open("wb") as out:
+            out.write(header)
+            for weight in new:
+                self.stored[weight.name] = Stored(
+                    path.relative_to(self.root).as_posix(), out.tell(), weight.size, weight.dtype, weight.shape
+                )
+                _write_tensor(out.write, weight)
+
+    def _fresh(self, file: str) -> Path:
+        names = (file if n == 1 else f"{file}-{n}" for n in count(1))
+        paths = (self.root / FOLDER / f"{name}.safetensors" for name in names)
+        return next(path for path in paths if not path.exists())
+
+    def external(self, name: str) -> ir.ExternalTensor:
+        """The stored tensor as an initializer value of a graph that lies in the store's root."""
+        stored = self.stored[name]
+        return ir.ExternalTensor(
+            stored.path,
+            stored.offset,
+            stored.length,
+            _ONNX_TYPES[stored.dtype],
+            shape=ir.Shape(stored.shape),
+            name=name,
+            base_dir=self.root,
+        )
+
+
+def _header(weights: list[Weight]) -> bytes:
+    """The safetensors header: 8 bytes of length, then JSON padded with spaces to the alignment."""
+    entries: dict[str, object] = {}
+    offset = 0
+    for weight in weights:
+        entries[weight.name] = {
+            "dtype": _SAFETENSORS_NAMES[weight.dtype],
+            "shape": list(weight.shape),
+            "data_offsets": [offset, offset + weight.size],
+        }
+        offset += weight.size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % HEADER_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_tensor(write: Callable[[memoryview], object], weight: Weight) -> None:
+    tensor = weight.load().detach().contiguous()
+    if tensor.dtype != weight.dtype or tuple(tensor.shape) != weight.shape:
+        raise AssertionError(
+            f"{weight.name}: announced {weight.dtype} {weight.shape}, got {tensor.dtype} {tensor.shape}"
+        )
+    if tensor.numel():
+        write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]

@@ -1,0 +1,134 @@
+"""Which scenarios and prompts a build verifies its graphs with, and the golden set that comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from tokenizers import Tokenizer
+
+from exporter.adapters import AdapterSet
+from exporter.gate import scaling_pass_row
+from exporter.prompts import encode_prompts
+from exporter.reference import Reference, ReferenceResult
+from exporter.spec import BuildSpec
+from exporter.verify import EXTENTS, Extent, Scenario, report_from_measures, require_passed, verify_graph
+from runtime.backends import open_session
+from runtime.golden import GoldenCase, case_from_replay
+from runtime.manifest import GraphInfo, Mode, TopkSoftmax, VerifyLevel, VerifyReport
+from runtime.replay import replay
+from runtime.session import Session, SessionSettings
+from runtime.signature import SCALINGS
+
+GOLDEN_PROMPTS, GOLDEN_LONGEST, GOLDEN_TOKENS = 3, 24, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """All a build's graphs are measured with."""
+
+    reference: Reference
+    adapters: AdapterSet
+    level: VerifyLevel
+    spec: BuildSpec
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    max_positions: int
+    is_large: bool  # weights stay mapped: slower steps, no second copy in memory
+
+    def run(self, root: Path, graph: GraphInfo) -> tuple[VerifyReport, list[GoldenCase]]:
+        """Check one graph that lies in `root`; raises VerifyError when a measure fails."""
+        onnx.checker.check_model(str(root / graph.path))
+        if self.level is VerifyLevel.STRUCTURE:
+            return self._unverified(graph), []
+        extent = self._extent()
+        prompts = self._prompts(extent.prompts, extent.longest)
+        settings = SessionSettings(self.max_positions, threads=self.spec.threads, mapped=self.is_large)
+        session = open_session("ort", root / graph.path, graph.signature, settings)
+        try:
+            scenarios = self.scenarios(graph)
+            measures = verify_graph(session, scenarios, prompts, extent)
+            report = report_from_measures(measures, graph.name, self.level, self._stage(), self._stage_b())
+            require_passed(report)
+            return report, self._golden(session, graph, scenarios[0])
+        finally:
+            session.close()
+
+    def scenarios(self, graph: GraphInfo) -> list[Scenario]:
+        """The ways users will run this graph: its gate, mixes, single experts, the base."""
+        n = len(self.adapters.experts)
+        if graph.mode is Mode.STATIC:
+            mix = [(graph.mix or {}).get(expert.name, 0.0) for expert in self.adapters.experts]
+            return [self._constant("mix", mix, None)]
+        spec = graph.signature.input(SCALINGS)
+        assert spec is not None
+        width = int(spec.shape[2])
+        uneven = [(e + 1) / n for e in range(n)]  # all different: no two experts can change places unseen
+        constants = [self._constant("uneven mix", uneven, width), self._constant("base", [0.0] * n, width)]
+        gate = self.adapters.gate
+        if gate is None:
+            singles = [[float(e == i) for e in range(n)] for i in range(n)]
+            names = [f"expert {expert.name}" for expert in self.adapters.experts]
+            return [*constants, *(self._constant(*pair, width) for pair in zip(names, singles, strict=True))]
+        row = np.tile(scaling_pass_row(gate, n).numpy(), (width, 1)).astype(np.float32)
+        per_length = gate.softmax_topk and gate.topk_softmax is TopkSoftmax.FLATTENED
+        gated = Scenario("gate", row, True, per_length, self.reference.gated, self._base)
+        return [gated, *constants]
+
+    def _constant(self, name: str, weights: Sequence[float], width: int | None) -> Scenario:
+        row = None if width is None else np.tile(np.array(weights, np.float32), (width, 1))
+        return Scenario(name, row, False, False, lambda ids: self.reference.constant(weights, ids), self._base)
+
+    def _base(self, tokens: Sequence[int]) -> ReferenceResult:
+        return self.reference.constant([0.0] * len(self.adapters.experts), tokens)
+
+    def _extent(self) -> Extent:
+        extent = EXTENTS[self.level]
+        new_tokens = min(extent.new_tokens, self.max_positions // 2)
+        return Extent(extent.prompts, min(extent.longest, self.max_positions - new_tokens), new_tokens)
+
+    def _prompts(self, count: int, longest: int) -> list[list[int]]:
+        return encode_prompts(self.spec.prompts, self.tokenizer, self.vocab_size, count, longest)
+
+    def _golden(self, session: Session, graph: GraphInfo, scenario: Scenario) -> list[GoldenCase]:
+        longest = min(GOLDEN_LONGEST, self.max_positions // 2)
+        tokens = min(GOLDEN_TOKENS, self.max_positions - longest)
+        prompts = self._prompts(GOLDEN_PROMPTS, longest)
+        return [
+            case_from_replay(
+                graph.name,
+                scenario.row,
+                replay(
+                    session,
+                    [prompt],
+                    tokens,
+                    scenario.row,
+                    is_gated=scenario.is_gated,
+                    per_length=scenario.per_length,
+                )[0],
+                per_length=scenario.per_length,
+            )
+            for prompt in prompts
+        ]
+
+    def _unverified(self, graph: GraphInfo) -> VerifyReport:
+        return VerifyReport(
+            graph=graph.name,
+            level=VerifyLevel.STRUCTURE,
+            stage="none",
+            stage_b="not run",
+            prompts=0,
+            prefill_positions=0,
+            decode_steps=0,
+            adapters_matter=0.0,
+            checks=(),
+        )
+
+    def _stage(self) -> str:
+        return "A" if self.spec.dtype == "float32" else "A (fp32 twin)"
+
+    def _stage_b(self) -> str:
+        return "not needed (fp32)" if self.spec.dtype == "float32" else "not run"

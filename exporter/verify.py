@@ -1,0 +1,205 @@
+"""Numeric checks of an exported graph against the reference forward: stage A of the design's gates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from exporter.errors import VerifyError
+from exporter.reference import ReferenceResult
+from runtime.manifest import Check, VerifyLevel, VerifyReport
+from runtime.replay import Replay, replay
+from runtime.session import Session
+
+Floats = NDArray[np.float32]
+
+# Stage A limits, fp32. Measured noise of a right export lies 10x to 1000x below each (docs/verification.md).
+LOGITS_LIMIT = 1e-3  # |d| / (1 + |ref|)
+GATE_LIMIT = 1e-5
+KLD_LIMIT = 1e-7  # mean over positions, nats, f64
+FLIP_MARGIN = 1e-3  # an argmax may flip only where the reference's top two lie closer than this
+TIE_MARGIN = 1e-4  # greedy tokens may differ only at ties closer than this
+BATCH = 4  # prompts of different lengths share a batch, as users' will
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much a level runs."""
+
+    prompts: int
+    longest: int  # tokens per prompt
+    new_tokens: int
+
+
+EXTENTS = {VerifyLevel.FULL: Extent(32, 64, 64), VerifyLevel.QUICK: Extent(4, 32, 16)}
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One way to run a graph, and what the reference says of the same tokens.
+
+    `row` [G, E]: constant scalings (of the scaling pass when gated), None for a static graph.
+    """
+
+    name: str  # "gate", "mix", "expert NAME", "base"
+    row: Floats | None
+    is_gated: bool
+    per_length: bool
+    reference: Callable[[Sequence[int]], ReferenceResult]
+    base: Callable[[Sequence[int]], ReferenceResult]
+
+
+@dataclass(slots=True)
+class Worst:
+    """The largest value of one measure and where it was met."""
+
+    value: float = 0.0
+    where: str = ""
+
+    def see(self, value: float, where: str) -> None:
+        """Keep the larger; NaN counts as infinite."""
+        value = float("inf") if np.isnan(value) else float(value)
+        if value > self.value:
+            self.value, self.where = value, where
+
+
+@dataclass(slots=True)
+class Measures:
+    """What is collected over all prompts of a graph."""
+
+    logits: Worst = field(default_factory=Worst)
+    gate: Worst = field(default_factory=Worst)
+    kld: Worst = field(default_factory=Worst)  # worst single position, for its place
+    kld_sum: float = 0.0
+    positions: int = 0
+    flips: Worst = field(default_factory=Worst)
+    tokens: Worst = field(default_factory=Worst)
+    adapters_matter: float = 0.0
+    prefill: int = 0
+    decoded: int = 0
+    gated: int = 0  # prompts whose gate was compared
+    prompts: int = 0
+
+
+def verify_graph(
+    session: Session, scenarios: Sequence[Scenario], prompts: Sequence[Sequence[int]], extent: Extent
+) -> Measures:
+    """Run every prompt through the graph, cached, and through the reference, whole; raise nothing yet.
+
+    The first scenario gets all prompts, the others the first batch.
+    """
+    measures = Measures()
+    for i, scenario in enumerate(scenarios):
+        for batch in _batches(prompts if i == 0 else prompts[:BATCH], session):
+            runs = replay(
+                session,
+                batch,
+                extent.new_tokens,
+                scenario.row,
+                is_gated=scenario.is_gated,
+                per_length=scenario.per_length,
+            )
+            for run in runs:
+                compare(run, scenario, measures)
+    return measures
+
+
+def _batches(prompts: Sequence[Sequence[int]], session: Session) -> Iterator[Sequence[Sequence[int]]]:
+    size = BATCH if session.signature.carries else 1  # a whole-sequence graph takes one unpadded row
+    for start in range(0, len(prompts), size):
+        yield prompts[start : start + size]
+
+
+def compare(run: Replay, scenario: Scenario, measures: Measures) -> None:
+    """Add one prompt's differences to the measures."""
+    fed = run.tokens[:-1]
+    expected = scenario.reference(fed)
+    label = f"{scenario.name}, prompt {measures.prompts}"
+    reference = expected.logits.double()  # [T, V]
+    got = torch.from_numpy(run.logits).double()
+    relative = ((got - reference).abs() / (1 + reference.abs())).amax(-1)
+    kld = _kld(reference, got)
+    top = reference.topk(2, dim=-1)
+    margin = top.values[:, 0] - top.values[:, 1]
+    chosen, right = got.argmax(-1), top.indices[:, 0]
+    _see(measures.logits, relative, label, run.prompt)
+    _see(measures.kld, kld, label, run.prompt)
+    _see(measures.flips, ((chosen != right) & (margin > FLIP_MARGIN)).double(), label, run.prompt)
+    greedy = torch.tensor(run.tokens[run.prompt :])
+    wrong = (greedy != right[run.prompt - 1 :]) & (margin[run.prompt - 1 :] > TIE_MARGIN)
+    if wrong.any():
+        measures.tokens.see(measures.tokens.value + int(wrong.sum()), f"{label}, new token {int(wrong.int().argmax())}")
+    if run.gate is not None and expected.gate is not None:
+        measures.gated += 1
+        _see(measures.gate, (torch.from_numpy(run.gate) - expected.gate).abs().flatten(1).amax(-1), label, run.prompt)
+    measures.kld_sum += float(kld.sum())
+    measures.positions += len(fed)
+    measures.prompts += 1
+    measures.prefill += run.prompt
+    measures.decoded += len(fed) - run.prompt
+    if measures.prompts <= BATCH:
+        difference = float((scenario.base(fed).logits - expected.logits).abs().max())
+        measures.adapters_matter = max(measures.adapters_matter, difference)
+
+
+def _kld(reference: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
+    """KL(reference || got) per position [T], in nats."""
+    expected = torch.log_softmax(reference, -1)
+    return (expected.exp() * (expected - torch.log_softmax(got, -1))).sum(-1)
+
+
+def _see(worst: Worst, values: torch.Tensor, label: str, prompt: int) -> None:
+    values = torch.nan_to_num(values.double(), nan=float("inf"))
+    place = int(values.argmax())
+    phase = f"prefill position {place}" if place < prompt else f"decode step {place - prompt}"
+    worst.see(float(values[place]), f"{label}, {phase}")
+
+
+def report_from_measures(measures: Measures, graph: str, level: VerifyLevel, stage: str, stage_b: str) -> VerifyReport:
+    """The manifest's record; each check compares one value with its limit."""
+    rows = [
+        ("logits", measures.logits, LOGITS_LIMIT),
+        *([("gate", measures.gate, GATE_LIMIT)] if measures.gated else []),
+        ("kld_mean", Worst(measures.kld_sum / max(measures.positions, 1), measures.kld.where), KLD_LIMIT),
+        ("argmax_flips", measures.flips, 0.0),
+        ("greedy_tokens", measures.tokens, 0.0),
+    ]
+    checks = tuple(
+        Check(name=name, value=_finite(w.value), limit=limit, passed=w.value <= limit, where=w.where)
+        for name, w, limit in rows
+    )
+    return VerifyReport(
+        graph=graph,
+        level=level,
+        stage=stage,
+        stage_b=stage_b,
+        prompts=measures.prompts,
+        prefill_positions=measures.prefill,
+        decode_steps=measures.decoded,
+        adapters_matter=measures.adapters_matter,
+        checks=checks,
+    )
+
+
+def require_passed(report: VerifyReport) -> None:
+    """Raise with every failed measure and its place."""
+    failed = [check for check in report.checks if not check.passed]
+    if failed:
+        raise VerifyError(
+            "the exported graph is not the model: " + "; ".join(_shown(check) for check in failed),
+            where=f"graph {report.graph}",
+            fix="nothing was published; please report this model and its adapters as a bug",
+            code="E_VERIFY",
+        )
+
+
+def _shown(check: Check) -> str:
+    return f"{check.name} {check.value:.3g} > {check.limit:g} ({check.where})"
+
+
+def _finite(value: float) -> float:
+    return float(min(value, np.finfo(np.float64).max))  # JSON has no infinity

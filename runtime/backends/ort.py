@@ -1,0 +1,323 @@
+"""The ONNX Runtime backend: everything is bound by raw pointer, so no cache is copied on its way in or out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.caches import CacheGroup, Caches
+from runtime.errors import InputError, MachineError, NumericError
+from runtime.rows import Rows, StepResult
+from runtime.session import SessionSettings
+from runtime.signature import (
+    CACHE_LENGTHS,
+    GATE,
+    INPUT_IDS,
+    LOGIT_INDEX,
+    LOGITS,
+    POSITION_IDS,
+    SCALINGS,
+    CacheStyle,
+    Signature,
+    TensorSpec,
+)
+from runtime.slots import Slots
+
+Array = NDArray[Any]
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PACKAGES = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu"}
+# dtype name -> how numpy holds it, ONNX's number for it; numpy has no bfloat16, its bits travel as uint16
+DTYPES: dict[str, tuple[np.dtype[Any], int]] = {
+    "float32": (np.dtype(np.float32), 1),
+    "int64": (np.dtype(np.int64), 7),
+    "float16": (np.dtype(np.float16), 10),
+    "bfloat16": (np.dtype(np.uint16), 16),
+}
+ORT_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(int64)": "int64",
+}
+PLANS_KEPT = 8  # a decode loop alternates between two; chunks of other widths come and go
+
+
+@dataclass(slots=True)
+class Plan:
+    """One bound call for given B, S, K, slots and capacity: fill the feeds, run, read the results."""
+
+    binding: Any
+    feeds: dict[str, Array]  # small inputs, filled anew at each step
+    results: dict[str, Array]  # logits and gate
+    fresh: list[Array]  # one [N, B, H, S, D] per cache group; empty unless new entries come back
+
+
+class OrtSession:
+    """One ONNX graph with its K/V caches in host memory."""
+
+    def __init__(self, graph: Path, signature: Signature, settings: SessionSettings) -> None:
+        self.signature = signature
+        self.provider = settings.provider
+        self._style = signature.cache_style
+        self._slots = Slots(signature, settings.max_positions)
+        self._caches = Caches(signature, {name: dtype for name, (dtype, _) in DTYPES.items()}, settings.max_positions)
+        self._plans: dict[tuple[object, ...], Plan] = {}
+        self._engine = open_engine(graph, settings)
+        check_signature(self._engine, signature, graph)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[slots]: entries held per slot. A copy."""
+        return self._slots.lengths.copy()
+
+    @property
+    def capacity(self) -> int:
+        """Entries a slot can hold before the caches grow."""
+        return self._caches.capacity
+
+    def allocate(self, slots: int) -> None:
+        """Start afresh with this many empty slots of capacity 0."""
+        self._plans.clear()
+        self._slots.allocate(slots)
+        self._caches.allocate(slots)
+
+    def step(self, rows: Rows) -> StepResult:
+        """Run the graph on `rows` and append their K/V; all or nothing."""
+        self._slots.check(rows)
+        past = self._slots.past(rows)
+        if self._style is CacheStyle.ALIAS:  # the graph writes the padding too
+            self._reserve(int(past.max()) + rows.tokens.shape[1])
+        plan = self._plan(rows, is_fresh=not past.any())
+        self._fill(plan, rows)
+        self._engine.run_with_iobinding(plan.binding)
+        self._check_finite(plan, rows)
+        if self._style is CacheStyle.APPEND:
+            self._append(plan, rows)
+        self._slots.advance(rows)
+        gate = plan.results.get(GATE)
+        return StepResult(float32_copy(plan.results[LOGITS]), None if gate is None else float32_copy(gate))
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Drop a slot's last entries down to `length`; the memory stays as it is."""
+        self._slots.truncate(slot, length)
+
+    def reset(self) -> None:
+        """Empty all slots and zero their memory."""
+        self._slots.reset()
+        self._caches.zero()
+
+    def close(self) -> None:
+        """Free the engine and the caches."""
+        self.allocate(0)
+        self._engine = None
+
+    def _reserve(self, needed: int) -> None:
+        if self._caches.reserve(needed):
+            self._plans.clear()  # they point into the old memory
+
+    def _append(self, plan: Plan, rows: Rows) -> None:
+        past = self._slots.past(rows)
+        self._reserve(int((past + rows.counts).max()))
+        for group, fresh in zip(self._caches.groups, plan.fresh, strict=True):
+            group.write(fresh, rows.slots, past, rows.counts)
+
+    def _fill(self, plan: Plan, rows: Rows) -> None:
+        plan.feeds[INPUT_IDS][:] = rows.tokens
+        plan.feeds[POSITION_IDS][:] = self._slots.positions(rows)
+        plan.feeds[LOGIT_INDEX][:] = rows.logit_index
+        if CACHE_LENGTHS in plan.feeds:
+            plan.feeds[CACHE_LENGTHS][:] = self._slots.past(rows)
+        if rows.scalings is not None:
+            plan.feeds[SCALINGS][:] = rows.scalings
+
+    def _check_finite(self, plan: Plan, rows: Rows) -> None:
+        """Refuse NaN and infinity at real tokens, before anything of the step is kept."""
+        if all(is_finite(array) for array in (*plan.results.values(), *plan.fresh)):
+            return
+        bad = first_bad(plan, rows)
+        if bad is None:  # only padding is
+            return
+        if self._style is CacheStyle.ALIAS:  # the graph has written it already
+            for group in self._caches.groups:
+                group.clear(rows.slots, self._slots.past(rows), rows.tokens.shape[1])
+        raise bad
+
+    def _plan(self, rows: Rows, *, is_fresh: bool) -> Plan:
+        """The bound call for these shapes, reused while no memory moves. Fresh slots attend to an empty past."""
+        sizes = {"B": rows.tokens.shape[0], "S": rows.tokens.shape[1], "K": rows.logit_index.shape[1]}
+        is_empty = is_fresh and self._style is CacheStyle.APPEND
+        key = (*sizes.values(), rows.slots.start, is_empty)
+        if key not in self._plans:
+            if len(self._plans) >= PLANS_KEPT:
+                del self._plans[next(iter(self._plans))]
+            self._plans[key] = self._bind(sizes, rows.slots, is_empty=is_empty)
+        return self._plans[key]
+
+    def _bind(self, sizes: dict[str, int], slots: slice, *, is_empty: bool) -> Plan:
+        plan = Plan(self._engine.io_binding(), {}, {}, [])
+        cached = {carry.input for carry in self.signature.carries} | {carry.output for carry in self.signature.carries}
+        for spec in self.signature.inputs:
+            if spec.name not in cached:
+                plan.feeds[spec.name] = empty_tensor(spec, sizes)
+                bind(plan.binding.bind_input, spec, plan.feeds[spec.name])
+        for spec in self.signature.outputs:
+            if spec.name not in cached:
+                plan.results[spec.name] = empty_tensor(spec, sizes)
+                bind(plan.binding.bind_output, spec, plan.results[spec.name])
+        for group in self._caches.groups:
+            self._bind_group(plan, group, slots, sizes, is_empty=is_empty)
+        return plan
+
+    def _bind_group(
+        self, plan: Plan, group: CacheGroup, slots: slice, sizes: dict[str, int], *, is_empty: bool
+    ) -> None:
+        past = group.memory[:, slots, :, :0] if is_empty else group.memory[:, slots]  # [N, B, H, C, D]
+        present = past
+        if self._style is CacheStyle.APPEND:
+            shape = (len(group.inputs), sizes["B"], group.heads, sizes["S"], group.dim)
+            present = np.empty(shape, group.dtype)
+            plan.fresh.append(present)
+        for number, (name, output) in enumerate(zip(group.inputs, group.outputs, strict=True)):
+            bind(plan.binding.bind_input, self._spec(name), past[number])
+            bind(plan.binding.bind_output, self._spec(output), present[number])
+
+    def _spec(self, name: str) -> TensorSpec:
+        spec = self.signature.input(name) or self.signature.output(name)
+        assert spec is not None  # names come from the signature itself
+        return spec
+
+
+def open_engine(graph: Path, settings: SessionSettings) -> Any:
+    """An onnxruntime.InferenceSession on exactly the provider asked for; weights are mapped from their file."""
+    ort = import_onnxruntime(settings.provider)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 4  # its warnings are about the graph's making, not the user's doing
+    options.inter_op_num_threads = 1
+    if settings.threads is not None:
+        options.intra_op_num_threads = settings.threads
+    folding: list[str] = []
+    if settings.mapped:  # prepacked weights and folded transposes are copies in memory
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        folding = ["ConstantFolding"]
+    wanted = PROVIDERS[settings.provider]
+    try:
+        engine = ort.InferenceSession(str(graph), options, providers=[wanted], disabled_optimizers=folding)
+    except Exception as error:  # its exceptions share no public type
+        raise InputError("ONNX Runtime cannot load the graph", where=str(graph), got=first_line(error)) from error
+    if wanted not in engine.get_providers():  # it falls back to the CPU with no more than a log line
+        raise MachineError(
+            f"{wanted} did not start",
+            got=", ".join(engine.get_providers()),
+            need="a working GPU driver and the CUDA and cuDNN libraries of this onnxruntime-gpu",
+            fix="use --provider cpu",
+        )
+    return engine
+
+
+def import_onnxruntime(provider: str) -> Any:
+    """The onnxruntime module, or what is missing on this machine."""
+    if provider not in PROVIDERS:
+        raise InputError("no such provider", got=repr(provider), need=" or ".join(PROVIDERS))
+    package = PACKAGES[provider]
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise MachineError(f"{package} is not installed", fix=f"pip install {package}") from error
+    if PROVIDERS[provider] not in ort.get_available_providers():
+        raise MachineError(
+            f"this onnxruntime {ort.__version__} has no {PROVIDERS[provider]}",
+            got=", ".join(ort.get_available_providers()),
+            fix=f"pip uninstall onnxruntime, pip install {package}; or use --provider cpu",
+        )
+    return ort
+
+
+def check_signature(engine: Any, signature: Signature, graph: Path) -> None:
+    """Refuse a graph whose inputs and outputs are not exactly the signature's."""
+    differences = [
+        f"{side} {name}: signature {want.get(name, 'none')}, graph {have.get(name, 'none')}"
+        for side, specs, nodes in (
+            ("input", signature.inputs, engine.get_inputs()),
+            ("output", signature.outputs, engine.get_outputs()),
+        )
+        for want, have in [(described(specs), described_nodes(nodes, specs))]
+        for name in want | have
+        if want.get(name) != have.get(name)
+    ]
+    if differences:
+        raise InputError(
+            "the graph is not the one its signature describes", where=str(graph), got="; ".join(differences)
+        )
+
+
+def described(specs: tuple[TensorSpec, ...]) -> dict[str, str]:
+    """Name -> dtype and shape, free sizes as "?"."""
+    return {
+        spec.name: f"{spec.dtype}{[size if isinstance(size, int) else '?' for size in spec.shape]}" for spec in specs
+    }
+
+
+def described_nodes(nodes: list[Any], specs: tuple[TensorSpec, ...]) -> dict[str, str]:
+    """The same for a loaded graph, whose shapes may know more or less than the signature's symbols."""
+    known = {spec.name: spec.shape for spec in specs}
+    return {
+        node.name: f"{ORT_DTYPES.get(node.type, node.type)}{sizes(node.shape, known.get(node.name, ()))}"
+        for node in nodes
+    }
+
+
+def sizes(shape: list[Any], wanted: tuple[int | str, ...]) -> list[int | str]:
+    """A graph's sizes, where a symbol on either side matches anything but another rank."""
+    if len(shape) != len(wanted):
+        return [size if isinstance(size, int) else "?" for size in shape]
+    return [
+        "?" if isinstance(want, str) else want if not isinstance(size, int) else size
+        for size, want in zip(shape, wanted, strict=True)
+    ]
+
+
+def bind(call: Any, spec: TensorSpec, array: Array) -> None:
+    """Bind an input or output to an array's memory; the array must outlive the binding."""
+    assert array.flags.c_contiguous
+    call(spec.name, "cpu", 0, DTYPES[spec.dtype][1], array.shape, array.ctypes.data)
+
+
+def empty_tensor(spec: TensorSpec, sizes: dict[str, int]) -> Array:
+    """Unset memory for one tensor, symbols filled in."""
+    return np.empty([sizes[size] if isinstance(size, str) else size for size in spec.shape], DTYPES[spec.dtype][0])
+
+
+def float32_copy(array: Array) -> NDArray[np.float32]:
+    """A copy in float32; uint16 holds the bits of bfloat16."""
+    if array.dtype == np.uint16:
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32)
+
+
+def is_finite(array: Array) -> bool:
+    """Whether no element is NaN or infinite."""
+    return bool(np.isfinite(float32_copy(array) if array.dtype == np.uint16 else array).all())
+
+
+def first_bad(plan: Plan, rows: Rows) -> NumericError | None:
+    """The first tensor with NaN or infinity at a real token, and the rows it concerns."""
+    real = np.arange(rows.tokens.shape[1]) < rows.counts[:, None]  # [B, S]
+    tensors = [(LOGITS, plan.results[LOGITS], np.take_along_axis(real, rows.logit_index, axis=1))]
+    tensors += [(name, array, real) for name, array in plan.results.items() if name != LOGITS]
+    tensors += [("K/V", fresh.transpose(1, 3, 0, 2, 4), real) for fresh in plan.fresh]  # [B, S, N, H, D]
+    for name, array, counted in tensors:
+        bad = [row for row in range(len(array)) if not is_finite(array[row][counted[row]])]
+        if bad:
+            return NumericError(name, tuple(bad))
+    return None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an engine's message, cut to a readable length."""
+    return str(error).strip().split("\n", 1)[0][:300]

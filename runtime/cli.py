@@ -1,0 +1,172 @@
+"""The command line: `inspect` shows a bundle, `generate` runs it. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.errors import InputError, UserError
+
+if TYPE_CHECKING:
+    from runtime.generate import GenerateOptions, Prompt
+    from runtime.model import Model
+
+BUG, INTERRUPTED = 4, 130
+MAX_PROMPT_BYTES = 16 << 20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 done, 2 bad input, 3 the machine lacks something, 4 a defect, 130 Ctrl-C."""
+    args = parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # any model text prints in any locale
+    try:
+        {"inspect": inspect, "generate": generate}[args.command](args)
+        sys.stdout.flush()
+    except UserError as error:
+        return _fail(f"error: {error}", error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        sys.stderr.close()  # keeps Python from complaining about stdout at exit
+        return 0
+    except Exception:  # noqa: BLE001  # a defect of ours keeps its traceback
+        traceback.print_exc()
+        return BUG
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(prog="python -m runtime", description="Run X-LoRA bundles without torch.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    show = commands.add_parser("inspect", help="show what a bundle holds and how it was verified")
+    show.add_argument("bundle", metavar="BUNDLE", type=Path)
+    show.add_argument("--json", action="store_true", help="print the manifest as JSON")
+    _add_generate(commands.add_parser("generate", help="generate text; greedy unless a temperature is given"))
+    return top
+
+
+def _add_generate(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("bundle", metavar="BUNDLE", type=Path)
+    prompts = command.add_argument_group("prompts, in the order given; at least one")
+    prompts.add_argument("--prompt", dest="prompts", action="append", metavar="TEXT", type=str)
+    prompts.add_argument("--prompt-ids", dest="prompts", action="append", metavar="5,17,3", type=_ids)
+    prompts.add_argument("--prompt-file", dest="prompts", action="append", metavar="FILE", type=Path)
+    add("--max-new-tokens", type=int, metavar="N", help="default 128, or what the model's positions allow")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    add("--mix", metavar="math=0.7,code=0.3", help="fixed scalings instead of the gate; 'base' for no expert")
+    add("--temperature", type=float, default=0.0, metavar="T")
+    add("--top-k", type=int, metavar="K")
+    add("--top-p", type=float, metavar="P")
+    add("--seed", type=int, metavar="S", help="same seed and prompt, same text, whatever else is in the batch")
+    add("--batch-size", type=int, default=16, metavar="N", help="prompts that run together (default 16)")
+    add("--graph", metavar="NAME", help="a graph's name or mode (default: the dynamic one)")
+    add("--provider", default="cpu", choices=("cpu", "cuda"))
+    add("--threads", type=int, metavar="N")
+    output = command.add_mutually_exclusive_group()
+    output.add_argument("--stream", action="store_true", help="print text as it comes, one prompt after the other")
+    output.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    add("-q", "--quiet", action="store_true", help="do not say on stderr what runs")
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Print a bundle's facts."""
+    from runtime.bundle import open_bundle
+    from runtime.inspect import render, render_json
+
+    bundle = open_bundle(args.bundle)
+    print(render_json(bundle) if args.json else render(bundle), end="")
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Answer the prompts."""
+    if not args.prompts:
+        raise InputError("no prompt", fix="give --prompt TEXT, --prompt-ids 5,17,3 or --prompt-file FILE")
+    from runtime.model import load
+
+    options = _options(args)
+    prompts = [_read(prompt) if isinstance(prompt, Path) else prompt for prompt in args.prompts]
+    with load(args.bundle, graph=args.graph, provider=args.provider, threads=args.threads) as model:
+        if not args.quiet:
+            print(_status(model), file=sys.stderr, flush=True)
+        if args.stream:
+            _print_stream(model, prompts, options)
+        else:
+            _print_completions(model, prompts, options, as_json=args.json)
+
+
+def _print_stream(model: Model, prompts: list[Prompt], options: GenerateOptions) -> None:
+    from runtime.generate import generate as events
+
+    for event in events(model, prompts, dataclasses.replace(options, batch_size=1)):
+        text = event.text if model.text else f"{event.token_id} "
+        print(text, end="\n" if event.finish_reason else "", flush=True)
+
+
+def _print_completions(model: Model, prompts: list[Prompt], options: GenerateOptions, *, as_json: bool) -> None:
+    from runtime.generate import complete
+
+    for completion in complete(model, prompts, options):
+        if as_json:
+            print(json.dumps(dataclasses.asdict(completion), ensure_ascii=False))
+        else:
+            print(completion.text if model.text else " ".join(map(str, completion.token_ids)))
+
+
+def _options(args: argparse.Namespace) -> GenerateOptions:
+    from runtime.generate import GenerateOptions
+    from runtime.mix import mix_from_text
+    from runtime.sampling import Sampling
+
+    return GenerateOptions(
+        max_new_tokens=args.max_new_tokens,
+        sampling=Sampling(args.temperature, args.top_k, args.top_p, args.seed),
+        mix=None if args.mix is None else mix_from_text(args.mix),
+        stop=tuple(args.stop),
+        batch_size=args.batch_size,
+    )
+
+
+def _status(model: Model) -> str:
+    """Which graph really runs on what, and how far it was verified."""
+    from runtime.inspect import verification_of
+
+    graph = model.graph
+    verified = verification_of(model.manifest, graph.name)
+    return f"graph {graph.name} ({graph.mode}, {graph.emit}) on {model.session.provider}; {verified}"
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"need token ids such as 5,17,3, got {text!r}") from None
+
+
+def _read(path: Path) -> str:
+    """A prompt file's whole content, a last line break included."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_PROMPT_BYTES + 1)
+        if len(data) <= MAX_PROMPT_BYTES:
+            return data.decode()
+        problem = f"more than {MAX_PROMPT_BYTES} bytes"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    except UnicodeDecodeError as error:
+        problem = str(error)
+    raise InputError("cannot read the prompt", where=str(path), got=problem, need="UTF-8 text")
+
+
+def _fail(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code

@@ -1,0 +1,107 @@
+"""What must hold between the parts of a manifest, beyond each part being well formed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from runtime.manifest import BUILD_LOG_NAME, MANIFEST_NAME, SEAL_NAME, GraphInfo, Manifest, Mode
+from runtime.safe_files import MAX_FILES, collisions, path_problem
+from runtime.signature import SCALINGS
+
+_GIB = 1 << 30
+MAX_BYTES = {
+    "graph": 2 * _GIB,
+    "weights": 512 * _GIB,
+    "tokenizer": _GIB // 4,
+    "golden": _GIB // 4,
+}
+MAX_TOTAL_BYTES = 1024 * _GIB
+_RESERVED = {MANIFEST_NAME, SEAL_NAME, BUILD_LOG_NAME}
+
+
+def listing_problems(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """(path, what is wrong) of every listed path that may not be listed. Runs before any of them is touched."""
+    paths = [artifact.path for artifact in manifest.artifacts]
+    for path in paths:
+        problem = path_problem(path)
+        if problem:
+            yield path, problem
+        elif path.lower() in _RESERVED:
+            yield path, "is the format's own file and is never listed"
+    for path in collisions(paths):
+        yield path, "collides with another listed path (same name, same but for case, or file and folder)"
+
+
+def size_problems(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """(path, what is wrong) of listings that are too large to be what they say."""
+    if len(manifest.artifacts) > MAX_FILES:
+        yield "artifacts", f"lists {len(manifest.artifacts)} files, at most {MAX_FILES} are allowed"
+    for artifact in manifest.artifacts:
+        if artifact.size > MAX_BYTES[artifact.kind]:
+            yield artifact.path, f"{artifact.size} bytes; a {artifact.kind} has at most {MAX_BYTES[artifact.kind]}"
+    total = sum(artifact.size for artifact in manifest.artifacts)
+    if total > MAX_TOTAL_BYTES:
+        yield "artifacts", f"{total} bytes in all, at most {MAX_TOTAL_BYTES} are allowed"
+
+
+def contradictions(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """(field, what is wrong) wherever one part of the manifest contradicts another."""
+    yield from _expert_contradictions(manifest)
+    for graph in manifest.graphs:
+        for problem in _graph_contradictions(manifest, graph):
+            yield f"graphs.{graph.name}", problem
+    names = [graph.name for graph in manifest.graphs]
+    if not names or len(set(names)) < len(names):
+        yield "graphs", "needs at least one graph, each with its own name"
+    paths = [artifact.path for artifact in manifest.artifacts]
+    if manifest.tokenizer and manifest.tokenizer.path not in paths:
+        yield "tokenizer", f"its file {manifest.tokenizer.path!a} is not listed"
+    yield from _report_contradictions(manifest)
+
+
+def _expert_contradictions(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    names = [expert.name for expert in manifest.experts]
+    if len(set(names)) < len(names) or [expert.column for expert in manifest.experts] != list(range(len(names))):
+        yield "experts", "need unique names and columns 0, 1, 2, … in order"
+    for site in manifest.sites:
+        if len(site.experts) != len(site.ranks) or _strangers(site.experts, names):
+            yield f"sites.{site.path}", f"experts {list(site.experts)} and ranks {list(site.ranks)} do not fit {names}"
+    if len({site.path for site in manifest.sites}) < len(manifest.sites):
+        yield "sites", "has a path twice"
+    if manifest.gate and len(manifest.gate.scaling_pass_row) != len(names):
+        yield "gate", f"its row has {len(manifest.gate.scaling_pass_row)} entries, there are {len(names)} experts"
+
+
+def _graph_contradictions(manifest: Manifest, graph: GraphInfo) -> Iterator[str]:
+    kinds = {artifact.path: artifact.kind for artifact in manifest.artifacts}
+    if kinds.get(graph.path) != "graph" or graph.path != f"{graph.name}.onnx":
+        yield f"its file {graph.path!a} is not a listed graph called {graph.name}.onnx"
+    if (graph.mode is Mode.STATIC) != (graph.mix is not None):
+        yield "a static graph has a mix, a dynamic one has none"
+    if graph.mode is Mode.STATIC and graph.signature.input(SCALINGS):
+        yield "a static graph takes no scalings"
+    strangers = _strangers(graph.mix or {}, [expert.name for expert in manifest.experts])
+    if strangers:
+        yield f"its mix names unknown experts: {', '.join(strangers)}"
+    inputs = [spec.name for spec in graph.signature.inputs]
+    outputs = [spec.name for spec in graph.signature.outputs]
+    if len(set(inputs)) < len(inputs) or len(set(outputs)) < len(outputs):
+        yield "its signature has a name twice"
+    carried = [carry.output for carry in graph.signature.carries if carry.input in inputs]
+    if len(carried) < len(graph.signature.carries) or _strangers(carried, outputs):
+        yield "its signature carries tensors that it does not have"
+
+
+def _report_contradictions(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    graphs = [graph.name for graph in manifest.graphs]
+    reported = [report.graph for report in manifest.reports]
+    if _strangers(reported, graphs) or len(set(reported)) < len(reported):
+        yield "reports", f"are of {reported}, the graphs are {graphs}"
+    for report in manifest.reports:
+        for check in report.checks:
+            if check.passed != (check.value <= check.limit):
+                yield f"reports.{report.graph}.{check.name}", "says passed where the value is not within the limit"
+
+
+def _strangers(names: Iterable[str], known: list[str]) -> list[str]:
+    return sorted(set(names) - set(known))

@@ -1,0 +1,123 @@
+"""The golden set of a bundle: prompts with what the verified model answered, replayed wherever the bundle goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from runtime.errors import InputError
+from runtime.manifest import Check, Strict
+from runtime.replay import Replay, replay
+from runtime.session import Session
+
+GOLDEN_PATH = "golden/golden.json"
+TOP = 8  # logits kept per position
+LOGITS_LIMIT = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 4e-1}  # |d| / (1 + |ref|), by graph dtype
+GATE_LIMIT = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+
+Floats = tuple[float, ...]
+
+
+class GoldenCase(Strict):
+    """One prompt under one graph: what came out of the verified build."""
+
+    graph: str
+    row: tuple[Floats, ...] | None  # constant scalings [G, E]; None for a static graph
+    is_gated: bool
+    per_length: bool
+    prompt: Annotated[tuple[int, ...], Field(min_length=1)]
+    tokens: tuple[int, ...]  # the greedy continuation
+    top_ids: tuple[tuple[int, ...], ...]  # [T, TOP] over prompt and fed continuation
+    top_logits: tuple[Floats, ...]  # [T, TOP]
+    logsumexp: Floats  # [T]
+    gate: tuple[Floats, ...] | None  # [T, G * E]
+
+
+class Golden(Strict):
+    """All cases of a bundle."""
+
+    cases: tuple[GoldenCase, ...]
+
+
+def case_from_replay(
+    graph: str, row: NDArray[np.float32] | None, run: Replay, *, per_length: bool = False
+) -> GoldenCase:
+    """Keep the summary of a run."""
+    order = np.argsort(-run.logits, axis=-1, kind="stable")[:, :TOP]
+    gate = None if run.gate is None else run.gate.reshape(len(run.gate), -1)
+    return GoldenCase(
+        graph=graph,
+        row=None if row is None else _rows(row),
+        is_gated=run.gate is not None,
+        per_length=per_length,
+        prompt=run.tokens[: run.prompt],
+        tokens=run.tokens[run.prompt :],
+        top_ids=tuple(tuple(ids) for ids in order.tolist()),
+        top_logits=_rows(np.take_along_axis(run.logits, order, axis=-1)),
+        logsumexp=tuple(_logsumexp(run.logits).tolist()),
+        gate=None if gate is None else _rows(gate),
+    )
+
+
+def replay_golden(session: Session, cases: Sequence[GoldenCase], dtype: str) -> tuple[Check, ...]:
+    """Run the cases of one graph again and compare: tokens equal, logits and gate within the dtype's limits."""
+    logits = gate = wrong = 0.0
+    places = ["", "", ""]
+    for number, case in enumerate(cases):
+        row = None if case.row is None else np.array(case.row, np.float32)
+        [run] = replay(
+            session, [case.prompt], len(case.tokens), row, is_gated=case.is_gated, per_length=case.per_length
+        )
+        again = case_from_replay(case.graph, row, run)
+        if again.tokens != case.tokens:
+            wrong += sum(a != b for a, b in zip(again.tokens, case.tokens, strict=True))
+            places[2] = places[2] or f"case {number}"
+            continue  # everything after the first other token is of another text
+        difference = _logit_difference(run, case)
+        if difference > logits:
+            logits, places[0] = difference, f"case {number}"
+        if case.gate is not None and again.gate is not None:
+            difference = float(np.abs(np.array(again.gate) - np.array(case.gate)).max())
+            if difference > gate:
+                gate, places[1] = difference, f"case {number}"
+    rows = (
+        ("golden_logits", logits, LOGITS_LIMIT[dtype]),
+        ("golden_gate", gate, GATE_LIMIT[dtype]),
+        ("golden_tokens", wrong, 0.0),
+    )
+    return tuple(
+        Check(name=name, value=value, limit=limit, passed=value <= limit, where=place)
+        for (name, value, limit), place in zip(rows, places, strict=True)
+    )
+
+
+def read_golden(data: bytes, where: str) -> Golden:
+    """Parse strictly; the bundle's digest has been checked before."""
+    try:
+        return Golden.model_validate_json(data)
+    except ValueError as error:
+        raise InputError("the golden set is not readable", where=where, got=str(error).split("\n", 1)[0]) from error
+
+
+def _logit_difference(run: Replay, case: GoldenCase) -> float:
+    """The largest |d| / (1 + |ref|) over the kept logits and the logsumexp of every position."""
+    kept = np.take_along_axis(run.logits, np.array(case.top_ids), axis=-1)
+    reference = np.array(case.top_logits)
+    at_top = (np.abs(kept - reference) / (1 + np.abs(reference))).max()
+    sums = np.array(case.logsumexp)
+    return float(max(at_top, (np.abs(_logsumexp(run.logits) - sums) / (1 + np.abs(sums))).max()))
+
+
+def _logsumexp(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    wide = logits.astype(np.float64)
+    top = wide.max(axis=-1)
+    result: NDArray[np.float64] = top + np.log(np.exp(wide - top[:, None]).sum(axis=-1))
+    return result
+
+
+def _rows(array: NDArray[np.float32]) -> tuple[Floats, ...]:
+    return tuple(tuple(row) for row in array.astype(np.float64).tolist())

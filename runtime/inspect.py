@@ -1,0 +1,128 @@
+"""What a bundle is, as text for people: `python -m runtime inspect BUNDLE`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from runtime.bundle import Bundle, manifest_bytes
+from runtime.manifest import GateInfo, GraphInfo, Manifest, VerifyLevel, VerifyReport
+
+_NOT_VERIFIED = "NOT VERIFIED"
+
+
+def render(bundle: Bundle) -> str:
+    """The bundle in a screen or two: what it holds, how it was verified, how large it is, what made it."""
+    manifest = bundle.manifest
+    sections = [
+        [f"{manifest.name}  (bundle {bundle.digest[:12]}, format {manifest.format_version})", f"  {bundle.root}"],
+        _table("base", _base(manifest)),
+        ["experts: column -> name -> folder", *_experts(manifest)] if manifest.experts else ["experts: none"],
+        _table("sites", _sites(manifest)),
+        _table("gate", _gate(manifest.gate)) if manifest.gate else ["gate: none"],
+        ["graphs", *(f"  {_graph(graph)}" for graph in manifest.graphs)],
+        ["verification", *(line for graph in manifest.graphs for line in _verification(manifest, graph.name))],
+        _table("sizes", _sizes(bundle)),
+        _table("made with", sorted(manifest.versions.items())),
+    ]
+    return "\n".join(_printable(line) for section in sections for line in section) + "\n"
+
+
+def render_json(bundle: Bundle) -> str:
+    """The manifest as it is written."""
+    return manifest_bytes(bundle.manifest).decode()
+
+
+def verification_of(manifest: Manifest, graph: str) -> str:
+    """One line: how far this graph was verified. `structure` compared no numbers and is never called verified."""
+    report = next((report for report in manifest.reports if report.graph == graph), None)
+    if report is None:
+        return f"{_NOT_VERIFIED} (no report)"
+    if report.level is VerifyLevel.STRUCTURE or not report.checks:
+        return f"{_NOT_VERIFIED} (level {report.level}: no numbers were compared)"
+    failed = [check.name for check in report.checks if not check.passed]
+    if failed:
+        return f"{_NOT_VERIFIED} (level {report.level}: failed {', '.join(failed)})"
+    return f"verified, level {report.level}, stage {report.stage}; stage B: {report.stage_b}"
+
+
+def _printable(line: str) -> str:
+    """A manifest's texts may come from anyone: no line breaks or terminal codes reach the screen."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+
+
+def _table(title: str, rows: Iterable[tuple[str, str]]) -> list[str]:
+    rows = [(key, text) for key, text in rows]
+    width = max((len(key) for key, _ in rows), default=0)
+    return [title, *(f"  {key:<{width}}  {text}" for key, text in rows)]
+
+
+def _base(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    base = manifest.base
+    yield "name", f"{base.name} ({base.model_type}, {base.dtype})"
+    yield "size", f"{base.blocks} blocks, hidden {base.hidden_size}, vocabulary {base.vocab_size}"
+    yield "context", f"{base.max_positions} positions"
+
+
+def _experts(manifest: Manifest) -> list[str]:
+    width = max(len(expert.name) for expert in manifest.experts)
+    return [
+        f"  {expert.column:>3} -> {expert.name:<{width}} -> {expert.folder}  (rank {expert.rank}, {expert.sites} sites)"
+        for expert in manifest.experts
+    ]
+
+
+def _sites(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    kinds = sorted({site.kind for site in manifest.sites})
+    yield "count", str(len(manifest.sites))
+    for kind in kinds:
+        yield kind, str(sum(site.kind == kind for site in manifest.sites))
+
+
+def _gate(gate: GateInfo) -> Iterator[tuple[str, str]]:
+    yield "kind", f"depth {gate.depth}, {'one row per site' if gate.layerwise else 'one row shared by all sites'}"
+    yield "softmax", f"temperature {gate.temperature:g}" if gate.softmax else "none"
+    if gate.top_k is not None:
+        over = f", softmax over the kept per {gate.topk_softmax}" if gate.softmax_topk else ""
+        yield "top-k", f"{gate.top_k}{over}"
+    yield "scaling pass", f"value {gate.scaling_pass_value:g}; global weight {gate.global_scaling_weight:g}"
+
+
+def _graph(graph: GraphInfo) -> str:
+    mix = "" if graph.mix is None else " of " + ", ".join(f"{name}={share:g}" for name, share in graph.mix.items())
+    cache = graph.signature.cache_style
+    return f"{graph.name}: {graph.mode}{mix}, {graph.emit}, opset {graph.opset}, K/V cache {cache}"
+
+
+def _verification(manifest: Manifest, graph: str) -> Iterator[str]:
+    yield f"  {graph}: {verification_of(manifest, graph)}"
+    for report in manifest.reports:
+        if report.graph == graph and report.checks:
+            yield from _checks(report)
+
+
+def _checks(report: VerifyReport) -> Iterator[str]:
+    work = f"{report.prompts} prompts, {report.prefill_positions} prefill positions, {report.decode_steps} decode steps"
+    yield f"    {work}; the adapters change logits by up to {report.adapters_matter:.3g}"
+    width = max(len(check.name) for check in report.checks)
+    for check in report.checks:
+        word = "ok  " if check.passed else "FAIL"
+        where = f"  at {check.where}" if check.where else ""
+        yield f"    {word} {check.name:<{width}}  {check.value:.3g} (limit {check.limit:.3g}){where}"
+
+
+def _sizes(bundle: Bundle) -> Iterator[tuple[str, str]]:
+    artifacts = bundle.manifest.artifacts
+    for kind in dict.fromkeys(artifact.kind for artifact in artifacts):
+        files = bundle.artifacts(kind)
+        word = "file" if len(files) == 1 else "files"
+        yield kind, f"{_size(sum(file.size for file in files))} in {len(files)} {word}"
+    yield "total", _size(sum(artifact.size for artifact in artifacts))
+
+
+def _size(count: int) -> str:
+    """Decimal units with three digits: 999 B, 1.23 kB, 45.6 MB."""
+    value, units = float(count), iter(("B", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while value >= 999.5 and unit != "TB":
+        value, unit = value / 1000, next(units)
+    return f"{value:.3g} {unit}"

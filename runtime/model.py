@@ -1,0 +1,84 @@
+"""A bundle opened for use: one of its graphs in a session, its tokenizer, and the facts generation needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from runtime.backends import open_session
+from runtime.bundle import Bundle, open_bundle
+from runtime.errors import InputError
+from runtime.manifest import GraphInfo, Manifest, Mode
+from runtime.session import Session, SessionSettings
+from runtime.text import Text
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A context manager; `generate` and `complete` take it."""
+
+    manifest: Manifest
+    graph: GraphInfo
+    session: Session
+    text: Text | None  # None: token ids only
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are 0..vocab_size-1."""
+        return self.manifest.base.vocab_size
+
+    @property
+    def max_positions(self) -> int:
+        """How many tokens a sequence may hold."""
+        return self.manifest.base.max_positions
+
+    @property
+    def end_token_ids(self) -> frozenset[int]:
+        """The tokens with which the model ends a text."""
+        return frozenset(self.manifest.base.eos_token_ids)
+
+    def close(self) -> None:
+        """Free the session."""
+        self.session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load(
+    path: str | Path,
+    *,
+    backend: str = "ort",
+    graph: str | None = None,
+    provider: str = "cpu",
+    threads: int | None = None,
+) -> Model:
+    """Open a bundle for generation. `graph` is a graph's name or mode; without it the dynamic one is taken."""
+    if threads is not None and threads < 1:
+        raise InputError("threads", got=str(threads), need="at least 1")
+    bundle = open_bundle(Path(path))
+    info = pick_graph(bundle, graph)
+    settings = SessionSettings(bundle.manifest.base.max_positions, provider, threads)
+    tokenizer = bundle.manifest.tokenizer
+    text = Text(bundle.file(tokenizer.path)) if tokenizer else None
+    session = open_session(backend, bundle.file(info.path), info.signature, settings)
+    return Model(bundle.manifest, info, session, text)
+
+
+def pick_graph(bundle: Bundle, wanted: str | None) -> GraphInfo:
+    """The graph of that name, else the first of that mode; without a wish the first dynamic one, else the first."""
+    graphs = bundle.manifest.graphs
+    named = [graph for graph in graphs if graph.name == wanted]
+    moded = [graph for graph in graphs if graph.mode == (wanted or Mode.DYNAMIC)]
+    found = named or moded or (list(graphs) if wanted is None else [])
+    if not found:
+        have = ", ".join(f"{graph.name} ({graph.mode})" for graph in graphs) or "none"
+        raise InputError(f"no graph {wanted!r}", where=str(bundle.root), need=f"one of: {have}", code="E_GRAPH")
+    return found[0]

@@ -1,0 +1,125 @@
+"""One prompt on its way: what it has produced so far, and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.sampling import Sampler
+from runtime.text import StopFinder, TextStream
+
+
+class FinishReason(StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"  # the model's end token, a stop token or a stop string
+    LENGTH = "length"  # max_new_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One new token. The texts of a prompt's events, joined, are its text; a token inside a character brings none."""
+
+    prompt: int  # index into the prompts
+    token_id: int
+    text: str
+    finish_reason: FinishReason | None  # set on a prompt's last event
+    seconds: float  # since its batch began
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Counts and seconds of one completion; the rows of a batch share their time."""
+
+    prompt_tokens: int
+    new_tokens: int
+    first_token_seconds: float  # prefill
+    total_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One prompt's whole answer. token_ids include an end token, text does not."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """When a request ends."""
+
+    max_new_tokens: int
+    stop_token_ids: frozenset[int]
+    stop: tuple[str, ...]
+
+
+class Request:
+    """A prompt's tokens, sampler, text and end."""
+
+    def __init__(
+        self, number: int, prompt: Sequence[int], limits: Limits, sampler: Sampler, stream: TextStream | None
+    ) -> None:
+        self.number = number
+        self.prompt = tuple(prompt)
+        self.finish_reason: FinishReason | None = None
+        self.events: list[TokenEvent] = []
+        self._limits, self._sampler, self._stream = limits, sampler, stream
+        self._stops = StopFinder(limits.stop)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has ended."""
+        return self.finish_reason is not None
+
+    def pending(self) -> tuple[int, ...]:
+        """The tokens the network has not seen yet: the prompt, then each new token, nothing at the end."""
+        if self.is_done:
+            return ()
+        return (self.events[-1].token_id,) if self.events else self.prompt
+
+    def accept(self, logits: NDArray[np.float32], seconds: float) -> TokenEvent:
+        """Choose the next token from logits [V] and settle what it means."""
+        token_id = self._sampler.choose(logits)
+        text = self._settle(token_id)
+        event = TokenEvent(self.number, token_id, text, self.finish_reason, seconds)
+        self.events.append(event)
+        return event
+
+    def completion(self) -> Completion:
+        """Everything, once it has ended."""
+        assert self.finish_reason is not None
+        first, last = self.events[0].seconds, self.events[-1].seconds
+        return Completion(
+            token_ids=tuple(event.token_id for event in self.events),
+            text="".join(event.text for event in self.events),
+            finish_reason=self.finish_reason,
+            timings=Timings(len(self.prompt), len(self.events), first, last),
+        )
+
+    def _settle(self, token_id: int) -> str:
+        """Set the finish reason if this token ends the request; the text that is certain now."""
+        is_end = token_id in self._limits.stop_token_ids
+        is_last = is_end or len(self.events) + 1 == self._limits.max_new_tokens
+        text = self._text(token_id, is_end=is_end, is_last=is_last)
+        if is_end or self._stops.is_hit:
+            self.finish_reason = FinishReason.STOP
+        elif is_last:
+            self.finish_reason = FinishReason.LENGTH
+        return text
+
+    def _text(self, token_id: int, *, is_end: bool, is_last: bool) -> str:
+        if self._stream is None:
+            return ""
+        text = "" if is_end else self._stops.push(self._stream.push(token_id))
+        if is_last and not self._stops.is_hit:
+            text += self._stops.push(self._stream.flush())
+        if is_last and not self._stops.is_hit:
+            text += self._stops.flush()
+        return text

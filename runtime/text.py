@@ -1,0 +1,108 @@
+"""Text and tokens: a tokenizer, a stream that never splits a character, and stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from tokenizers import Tokenizer
+
+from runtime.errors import InputError
+
+T = TypeVar("T")
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # how a decoder shows the first bytes of a character
+
+
+class Text:
+    """A bundle's tokenizer. Special tokens are added when encoding and left out when decoding."""
+
+    def __init__(self, path: Path) -> None:
+        self._where = path.name
+        self._tokenizer: Tokenizer = self._guard("cannot be read", lambda: Tokenizer.from_file(str(path)))
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a prompt."""
+        ids: list[int] = self._guard("cannot encode the prompt", lambda: self._tokenizer.encode(text).ids)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
+        text: str = self._guard(
+            "cannot decode tokens", lambda: self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        )
+        return text
+
+    def _guard(self, problem: str, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except BaseException as error:  # the Rust library's panics are not Exceptions
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                raise InputError(f"the tokenizer {problem}", where=self._where, got=str(error)[:200]) from error
+            raise
+
+
+class TextStream:
+    """Text of one request, token by token; `push` gives only what later tokens cannot change.
+
+    Two decodes of a short window, before and after the new token, give its text; a window ends where characters end.
+    """
+
+    def __init__(self, text: Text) -> None:
+        self._text = text
+        self._ids: list[int] = []
+        self._start = 0  # the window's first token; decoders may treat the first word of a text differently
+        self._shown = 0  # tokens whose text is out
+
+    def push(self, token_id: int) -> str:
+        """The new text this token settles; often one token's, nothing inside a character."""
+        self._ids.append(token_id)
+        text = self._unshown()
+        if not text or text.endswith(UNFINISHED):
+            return ""
+        self._start, self._shown = self._shown, len(self._ids)
+        return text
+
+    def flush(self) -> str:
+        """The rest, unfinished characters included."""
+        return self._unshown()
+
+    def _unshown(self) -> str:
+        before = self._text.decode(self._ids[self._start : self._shown])
+        after = self._text.decode(self._ids[self._start :])
+        if after.startswith(before):
+            return after[len(before) :]
+        return self._text.decode(self._ids[self._shown :])  # bytes that are no UTF-8 spoil those before them
+
+
+class StopFinder:
+    """Holds back text that may yet become a stop string; where the text is cut between calls makes no difference."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.is_hit = False
+
+    def push(self, text: str) -> str:
+        """The text that is certain to be no part of a stop string; after a hit, what stood before it."""
+        self._held += text
+        ends = [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if ends:
+            self.is_hit = True
+            return self._held[: min(ends)[1]]
+        keep = self._open_prefix()
+        out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return out
+
+    def flush(self) -> str:
+        """What was held back, when no more text comes."""
+        rest, self._held = self._held, ""
+        return rest
+
+    def _open_prefix(self) -> int:
+        """How many of the last characters begin some stop string."""
+        longest = min(max((len(stop) for stop in self._stops), default=0) - 1, len(self._held))
+        for size in range(longest, 0, -1):
+            if any(stop.startswith(self._held[-size:]) for stop in self._stops):
+                return size
+        return 0

@@ -1,0 +1,283 @@
+"""The ONNX Runtime session against plain numpy: caching, unequal rows, growth, truncation, bad numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime.backends.ort import OrtSession
+from runtime.caches import GRAIN, capacity_for
+from runtime.errors import InputError, MachineError, NumericError
+from runtime.rows import Rows, StepResult
+from runtime.session import SessionSettings
+from runtime.signature import CacheStyle
+from tests.runtime.tiny_graphs import TinyShape, open_tiny, reference, save_tiny, tiny_weights
+
+TOLERANCE = 1e-4  # float32, logits of size 10; measured differences are below 2.5e-5
+SHAPE = TinyShape()
+STYLES = [CacheStyle.APPEND, CacheStyle.ALIAS]
+
+
+def scalings_for(count: int, seed: int = 7, shape: TinyShape = SHAPE) -> np.ndarray:
+    """Other scalings for every token, so that a shifted or shared row shows. [count, G, E]"""
+    return np.random.default_rng(seed).random((count, shape.blocks, shape.experts), dtype=np.float32)
+
+
+def ids_for(count: int, seed: int = 3) -> list[int]:
+    return np.random.default_rng(seed).integers(0, SHAPE.vocab, count).tolist()
+
+
+def feed(session: OrtSession, rows: list[list[int]], scalings: list[np.ndarray], first_slot: int = 0) -> StepResult:
+    """One step of right-padded rows, logits of every position; padding gets large scalings, which must not matter."""
+    width = max(len(row) for row in rows)
+    tokens = np.full((len(rows), width), 5, np.int64)
+    scale = np.full((len(rows), width, SHAPE.blocks, SHAPE.experts), 9, np.float32)
+    for place, row, mine in zip(range(len(rows)), rows, scalings, strict=True):
+        tokens[place, : len(row)], scale[place, : len(row)] = row, mine
+    counts = np.array([len(row) for row in rows])
+    index = np.tile(np.arange(width), (len(rows), 1))
+    return session.step(Rows(tokens, counts, slice(first_slot, first_slot + len(rows)), scale, index))
+
+
+@pytest.fixture(params=STYLES)
+def session(request: pytest.FixtureRequest, tmp_path: Path) -> OrtSession:
+    shape = TinyShape(cache=request.param)
+    return open_tiny(tmp_path, shape, tiny_weights(shape))
+
+
+def test_scalings_positions_and_history_all_matter_in_the_reference() -> None:
+    weights, ids, scale = tiny_weights(SHAPE), ids_for(9), scalings_for(9)
+    logits, _ = reference(SHAPE, weights, ids, scale)
+    for other in (reference(SHAPE, weights, ids, scale * 0)[0], reference(SHAPE, weights, [1, *ids[1:]], scale)[0]):
+        assert np.abs(logits[-1] - other[-1]).max() > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize("cuts", [[9], [1] * 9, [4, 1, 3, 1], [8, 1]])
+def test_cached_steps_equal_the_whole_sequence(session: OrtSession, cuts: list[int]) -> None:
+    ids, scale = ids_for(9), scalings_for(9)
+    want_logits, want_gate = reference(SHAPE, tiny_weights(SHAPE), ids, scale)
+    session.allocate(1)
+    at = 0
+    for count in cuts:
+        result = feed(session, [ids[at : at + count]], [scale[at : at + count]])
+        np.testing.assert_allclose(result.logits[0], want_logits[at : at + count], atol=TOLERANCE)
+        assert result.gate is not None
+        np.testing.assert_allclose(result.gate[0], want_gate[at : at + count], atol=TOLERANCE)
+        at += count
+    assert session.lengths.tolist() == [9]
+
+
+def test_rows_of_unequal_length_equal_each_alone(session: OrtSession) -> None:
+    lengths = [(5, 1, 2), (1, 3, 0), (7, 0, 4), (2, 2, 2)]
+    rows = [(ids_for(sum(parts), seed=n), scalings_for(sum(parts), seed=n)) for n, parts in enumerate(lengths)]
+    want = [reference(SHAPE, tiny_weights(SHAPE), ids, scale)[0] for ids, scale in rows]
+    session.allocate(6)
+    for step in range(3):
+        spans = [slice(sum(parts[:step]), sum(parts[: step + 1])) for parts in lengths]
+        result = feed(
+            session,
+            [r[0][s] for r, s in zip(rows, spans, strict=True)],
+            [r[1][s] for r, s in zip(rows, spans, strict=True)],
+            1,
+        )
+        for row, span in enumerate(spans):
+            got = result.logits[row, : span.stop - span.start]
+            np.testing.assert_allclose(got, want[row][span], atol=TOLERANCE)
+    assert session.lengths.tolist() == [0, *[sum(parts) for parts in lengths], 0]
+
+
+def test_growth_keeps_every_entry(session: OrtSession) -> None:
+    ids, scale = ids_for(200), scalings_for(200)
+    want = reference(SHAPE, tiny_weights(SHAPE), ids, scale)[0]
+    session.allocate(2)
+    feed(session, [ids_for(3)], [scalings_for(3)], 1)
+    seen = set()
+    for at in range(200):
+        result = feed(session, [ids[at : at + 1]], [scale[at : at + 1]])
+        np.testing.assert_allclose(result.logits[0, 0], want[at], atol=TOLERANCE)
+        seen.add(session.capacity)
+    assert seen == {GRAIN, 2 * GRAIN, 3 * GRAIN, 200}  # the last growth stops at max_positions
+
+
+def test_capacity_is_whole_grains_up_to_the_positions() -> None:
+    assert [capacity_for(n, 1000) for n in (1, 57, 58, 64, 512)] == [64, 64, 128, 128, 576]
+    assert capacity_for(999, 1000) == 1000
+    assert capacity_for(1001, 1000) == 1001  # padding of a step whose graph writes it
+
+
+def test_truncate_forgets_entries_without_copying(tmp_path: Path) -> None:
+    session = open_tiny(tmp_path, SHAPE, tiny_weights(SHAPE))
+    ids, scale = ids_for(9), scalings_for(9)
+    session.allocate(2)
+    feed(session, [ids[:6], ids[:3]], [scale[:6], scale[:3]])
+    feed(session, [[1, 2], [4]], [scalings_for(2, 50), scalings_for(1, 51)])
+    memory = session._caches.groups[0].memory
+    address, before = memory.ctypes.data, memory.copy()
+    session.truncate(0, 6)
+    after = session._caches.groups[0].memory
+    assert after.ctypes.data == address
+    assert (after == before).all()
+    assert session.lengths.tolist() == [6, 4]
+    result = feed(session, [ids[6:]], [scale[6:]])
+    np.testing.assert_allclose(
+        result.logits[0], reference(SHAPE, tiny_weights(SHAPE), ids, scale)[0][6:], atol=TOLERANCE
+    )
+    with pytest.raises(InputError, match=r"cannot truncate slot 1; got length 5; need 0\.\.4"):
+        session.truncate(1, 5)
+
+
+def test_an_append_moves_no_cache_memory(session: OrtSession) -> None:
+    session.allocate(1)
+    feed(session, [ids_for(4)], [scalings_for(4)])
+    memory = session._caches.groups[0].memory
+    feed(session, [ids_for(1)], [scalings_for(1)])
+    feed(session, [ids_for(1)], [scalings_for(1)])
+    assert session._caches.groups[0].memory is memory
+
+
+def test_results_stay_after_the_next_step(session: OrtSession) -> None:
+    session.allocate(1)
+    first = feed(session, [[1]], [scalings_for(1)])
+    kept = first.logits.copy()
+    feed(session, [[2]], [scalings_for(1)])
+    feed(session, [[3]], [scalings_for(1)])
+    assert (first.logits == kept).all()
+
+
+def test_no_logits_asked_none_computed(session: OrtSession) -> None:
+    session.allocate(1)
+    rows = Rows(
+        np.ones((1, 4), np.int64), np.array([4]), slice(0, 1), scalings_for(4)[None], np.empty((1, 0), np.int64)
+    )
+    result = session.step(rows)
+    assert result.logits.shape == (1, 0, SHAPE.vocab)
+    assert session.lengths.tolist() == [4]
+
+
+@pytest.mark.parametrize("way", ["reset", "allocate"])
+def test_a_fresh_start_equals_a_fresh_session(session: OrtSession, way: str) -> None:
+    session.allocate(1)
+    feed(session, [ids_for(70)], [scalings_for(70)])
+    if way == "reset":
+        session.reset()
+    else:
+        session.allocate(1)
+    assert session.lengths.tolist() == [0]
+    ids, scale = ids_for(5, 8), scalings_for(5, 8)
+    result = feed(session, [ids], [scale])
+    np.testing.assert_allclose(result.logits[0], reference(SHAPE, tiny_weights(SHAPE), ids, scale)[0], atol=TOLERANCE)
+
+
+def test_too_many_positions_are_refused_before_the_step(session: OrtSession) -> None:
+    session.allocate(2)
+    feed(session, [ids_for(198), ids_for(2)], [scalings_for(198), scalings_for(2)])
+    with pytest.raises(InputError, match="past the model's positions; got 201; need at most 200"):
+        feed(session, [ids_for(3), ids_for(1)], [scalings_for(3), scalings_for(1)])
+    assert session.lengths.tolist() == [198, 2]
+    feed(session, [ids_for(2), ids_for(1)], [scalings_for(2), scalings_for(1)])  # exactly full, the other row padded
+    assert session.lengths.tolist() == [200, 3]
+
+
+def test_nan_fails_its_rows_and_leaves_all_slots_as_they_were(session: OrtSession) -> None:
+    ids, scale = ids_for(6), scalings_for(6)
+    session.allocate(2)
+    feed(session, [ids[:4], [1, 2]], [scale[:4], scalings_for(2)])
+    bad = scalings_for(1)
+    bad[0, 0, 1] = np.nan
+    with pytest.raises(
+        NumericError, match="logits is not finite for row 1 of the step; nothing of it was kept"
+    ) as caught:
+        feed(session, [ids[4:5], [3]], [scale[4:5], bad])
+    assert caught.value.rows == (1,)
+    assert caught.value.exit_code == 4
+    assert session.lengths.tolist() == [4, 2]
+    want = reference(SHAPE, tiny_weights(SHAPE), ids, scale)[0]
+    result = feed(session, [ids[4:], [3]], [scale[4:], scalings_for(1)])
+    np.testing.assert_allclose(result.logits[0], want[4:], atol=TOLERANCE)
+    assert np.isfinite(result.logits[1, 0]).all()
+
+
+def test_nan_without_logits_is_seen_in_the_gate(session: OrtSession) -> None:
+    session.allocate(1)
+    bad = np.full((1, 2, SHAPE.blocks, SHAPE.experts), np.inf, np.float32)
+    rows = Rows(np.ones((1, 2), np.int64), np.array([2]), slice(0, 1), bad, np.empty((1, 0), np.int64))
+    with pytest.raises(NumericError, match="gate is not finite"):
+        session.step(rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"slots": slice(0, 2)}, "1 rows do not fit the slots"),
+        ({"slots": slice(5, 6)}, "1 rows do not fit the slots"),
+        ({"counts": np.array([3])}, "row counts do not fit the tokens"),
+        ({"logit_index": np.array([[2]])}, "logit_index points outside the step"),
+        ({"logit_index": np.array([0])}, "logit_index has a wrong shape"),
+        ({"scalings": None}, r"scalings have a wrong shape for this graph; got None; need \(1, 2, 2, 3\)"),
+        ({"scalings": np.zeros((1, 2, 1, 3), np.float32)}, r"got \(1, 2, 1, 3\); need \(1, 2, 2, 3\)"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(session: OrtSession, change: dict[str, object], message: str) -> None:
+    session.allocate(3)
+    good = {
+        "tokens": np.ones((1, 2), np.int64),
+        "counts": np.array([2]),
+        "slots": slice(0, 1),
+        "scalings": scalings_for(2)[None],
+        "logit_index": np.array([[1]]),
+    }
+    with pytest.raises(InputError, match=message):
+        session.step(Rows(**(good | change)))  # type: ignore[arg-type]
+
+
+def test_a_graph_without_caches_computes_whole_sequences(tmp_path: Path) -> None:
+    shape = TinyShape(cache=CacheStyle.NONE)
+    session = open_tiny(tmp_path, shape, tiny_weights(shape))
+    ids, scale = ids_for(6), scalings_for(6)
+    session.allocate(1)
+    for count in (3, 6):
+        result = feed(session, [ids[:count]], [scale[:count]])
+        np.testing.assert_allclose(
+            result.logits[0], reference(shape, tiny_weights(shape), ids[:count], scale[:count])[0], atol=TOLERANCE
+        )
+    assert session.lengths.tolist() == [0]
+
+
+def test_a_graph_that_differs_from_its_signature_is_refused(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path, SHAPE, tiny_weights(SHAPE))
+    other = TinyShape(vocab=24, blocks=1).signature
+    with pytest.raises(InputError, match="not the one its signature describes") as caught:
+        OrtSession(path, other, SessionSettings(200))
+    text = str(caught.value)
+    assert "input past_key_1: signature none, graph float32['?', 2, '?', 6]" in text
+    assert "output logits: signature float32['?', '?', 24], graph float32['?', '?', 23]" in text
+
+
+def test_a_broken_graph_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "broken.onnx"
+    path.write_bytes(b"\x00garbage" * 20)
+    with pytest.raises(InputError, match="ONNX Runtime cannot load the graph") as caught:
+        OrtSession(path, SHAPE.signature, SessionSettings(200))
+    assert "\n" not in str(caught.value)
+
+
+def test_cuda_is_never_replaced_by_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime as ort
+
+    path = save_tiny(tmp_path, SHAPE, tiny_weights(SHAPE))
+    settings = SessionSettings(200, provider="cuda")
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(MachineError, match="has no CUDAExecutionProvider") as caught:
+        OrtSession(path, SHAPE.signature, settings)
+    assert caught.value.exit_code == 3
+    # an onnxruntime-gpu on a machine without a driver: listed, then silently dropped
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    with pytest.raises(MachineError, match="CUDAExecutionProvider did not start; got CPUExecutionProvider"):
+        OrtSession(path, SHAPE.signature, settings)
+
+
+def test_unknown_provider(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such provider; got 'tpu'; need cpu or cuda"):
+        OrtSession(tmp_path / "x.onnx", SHAPE.signature, SessionSettings(200, provider="tpu"))
