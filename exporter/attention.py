@@ -105,33 +105,35 @@ def _split_attention(
 ) -> torch.Tensor:
     """Softmax over the joined scores of cache and new tokens; the caches themselves are never joined nor copied.
 
-    Queries are grouped per K/V head instead of repeating K/V: [B, H, S, D] -> [B, Hkv, G*S, D].
+    Queries are grouped per K/V head, [B, Hkv, G, S, D], and broadcast against it: no K/V head is repeated in memory.
+    The scale comes before the reshape: next to the product ONNX Runtime would fuse it and lose its fast kernel.
     """
     batch, heads, tokens, dim = query.shape
     kv_heads = values[0].shape[1]
-    grouped = (query * scaling).contiguous().reshape(batch, kv_heads, heads // kv_heads * tokens, dim)
-    scores = torch.cat([grouped @ key.transpose(2, 3) for key in keys], dim=-1)
+    grouped = (query * scaling).contiguous().reshape(batch, kv_heads, heads // kv_heads, tokens, dim)
+    scores = torch.cat([grouped @ key.unsqueeze(2).transpose(3, 4) for key in keys], dim=-1).float()
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.reshape(batch, kv_heads, heads // kv_heads, tokens, -1).float()
     bias = torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[:, None, None]
-    probs = torch.softmax(scores + bias, dim=-1).to(query.dtype)
-    probs = probs.reshape(batch, kv_heads, heads // kv_heads * tokens, -1)
+    probs = torch.softmax(scores + bias, dim=-1).to(query.dtype)  # [B, Hkv, G, S, C + S]
     ends = list(accumulate((value.shape[2] for value in values), initial=0))  # 0, C, C + S
     parts = [probs[..., start:end] for start, end in pairwise(ends)]
-    out = reduce(torch.add, (part @ value for part, value in zip(parts, values, strict=True)))
+    out = reduce(torch.add, (part @ value.unsqueeze(2) for part, value in zip(parts, values, strict=True)))
     return out.contiguous().reshape(batch, heads, tokens, values[0].shape[-1]).transpose(1, 2)
 
 
 def _attention_op(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, allowed: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """ONNX Attention (opset 24) with a boolean mask; grouped-query heads are the operator's own."""
+    """ONNX Attention (opset 24) with a boolean mask; grouped-query heads are the operator's own.
+
+    The query is scaled outside: ONNX Runtime's operator is slow with a scale of its own (docs/kv.md).
+    """
     batch, heads, tokens, _ = query.shape
     out = torch.onnx.ops.symbolic(
         "Attention",
-        (query, key, value, allowed[:, None]),
-        {"scale": scaling},
+        (query * scaling, key, value, allowed[:, None]),
+        {"scale": 1.0},
         dtype=query.dtype,
         shape=(batch, heads, tokens, value.shape[-1]),
         version=24,

@@ -87,12 +87,12 @@ def publish(stage: Stage, manifest: Manifest, build_log: Mapping[str, object] | 
     to disk, one rename, the parent folder to disk.
     """
     with _disk_errors(stage.out):
-        if build_log is not None:
-            _write(stage.folder / BUILD_LOG_NAME, _log_bytes(build_log))
         with Tree.open(stage.folder) as tree:
             artifacts = _artifacts(tree)
         data = manifest_bytes(manifest.model_copy(update={"artifacts": artifacts}))
         read_manifest(data)  # what we are about to promise must be readable
+        if build_log is not None:
+            _write(stage.folder / BUILD_LOG_NAME, _log_bytes(build_log))
         _write(stage.folder / MANIFEST_NAME, data)
         _write(stage.folder / SEAL_NAME, seal_bytes(data))
         for folder in sorted(folders_of([artifact.path for artifact in artifacts]), reverse=True):
@@ -212,12 +212,10 @@ def _artifacts(tree: Tree) -> tuple[Artifact, ...]:
     """Every file of the stage by path, on disk and hashed, several at a time."""
     walk = tree.walk()
     raise_all("the stage", walk.problems)
-    paths = sorted(walk.files.keys() - set(_OWN))
+    paths = sorted(walk.files)
     kinds = [_kind(path) for path in paths]
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(lambda path: _settle(tree, path), paths))
-    if BUILD_LOG_NAME in walk.files:
-        _sync(tree.root / BUILD_LOG_NAME)
     pairs = zip(paths, kinds, digests, strict=True)
     return tuple(Artifact(kind=kind, path=path, size=size, sha256=sha) for path, kind, (sha, size) in pairs)
 

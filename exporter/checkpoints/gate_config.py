@@ -106,7 +106,7 @@ def read_gate_config(folder: Path) -> GateFolder:
     except ValidationError as error:
         problems.extend(problems_from_schema(error, shown_path(path)))
         raise_all(shown_path(path), problems)
-        raise
+        raise  # not reached: the schema's errors are problems
     stored: dict[str, str] = {}
     with gathering(problems):
         stored = columns(fields.adapters, shown_path(path))

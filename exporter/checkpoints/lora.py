@@ -34,7 +34,7 @@ _SAVED_BASE_KEY = re.compile(r"base_model\.model\.(?P<path>[A-Za-z0-9_.]{1,400}?
 
 @dataclass(frozen=True, slots=True)
 class LoraFolder:
-    """What one LoRA folder holds. `saved_base`: base tensors found beside the LoRA, key by key of the base model."""
+    """What one LoRA folder holds: deltas by module path, and the rule by which its config selects modules."""
 
     folder: Path
     fields: LoraFields

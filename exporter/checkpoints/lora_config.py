@@ -21,7 +21,7 @@ Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 Alpha = Annotated[float, Field(gt=0, le=MAX_ALPHA)]
 Name = Annotated[str, Field(max_length=1024)]
 Names = Annotated[list[Name], Field(max_length=20_000)]
-Patterns = Annotated[dict[Name, Rank], Field(max_length=20_000)]
+MAX_PATTERNS = 2048
 
 # These change nothing in the forward pass of a saved adapter in evaluation.
 IGNORED_FIELDS = frozenset({
@@ -61,12 +61,12 @@ class LoraFields(BaseModel):
     r: Rank = 8
     lora_alpha: Alpha = 8
     use_rslora: bool = False
-    rank_pattern: Patterns | None = None
-    alpha_pattern: Annotated[dict[Name, Alpha], Field(max_length=20_000)] | None = None
+    rank_pattern: Annotated[dict[Name, Rank], Field(max_length=MAX_PATTERNS)] | None = None
+    alpha_pattern: Annotated[dict[Name, Alpha], Field(max_length=MAX_PATTERNS)] | None = None
     target_modules: Names | Name | None = None
     exclude_modules: Names | Name | None = None
     layers_to_transform: Annotated[list[int], Field(max_length=20_000)] | int | None = None
-    layers_pattern: Names | Name | None = None
+    layers_pattern: Annotated[list[Name], Field(max_length=64)] | Name | None = None
     base_model_name_or_path: Annotated[str, Field(max_length=4096)] | None = None
 
     def rank_of(self, path: str) -> int:

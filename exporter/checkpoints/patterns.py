@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from re import _constants as regex_op  # type: ignore[attr-defined]
 from re import _parser as regex_parser  # type: ignore[attr-defined]
 from typing import Any, TypeVar
@@ -56,10 +57,15 @@ def is_named(names: str | Sequence[str], path: str) -> bool:
 def value_for(patterns: Mapping[str, Value], path: str, default: Value) -> Value:
     """The value of the first pattern that matches the end of the path (peft utils.other.get_pattern_key)."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+        if _ending_in(pattern).match(path):
             return value
     # PEFT falls back to a literal look-up, for keys that are no pattern of themselves.
     return patterns.get(path, default)
+
+
+@lru_cache(maxsize=8192)  # re's own cache is too small for one pattern per module
+def _ending_in(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def check_pattern(pattern: str, field: str, where: str) -> None:

@@ -50,14 +50,24 @@ def shown(value: object) -> str:
 
 
 def problems_from_schema(error: ValidationError, where: str) -> list[InputError]:
-    """One problem for each field that the schema refused."""
-    return [
-        ExportError(
-            f"field {shown('.'.join(str(part) for part in item['loc']))} is refused: {item['msg']}",
+    """One problem for each value that the schema refused."""
+    found: dict[str, InputError] = {}
+    for item in error.errors(include_url=False):
+        parts = [str(part) for part in item["loc"]]
+        names = [part for part in parts if not _is_type_name(part)]
+        # A value that may be a dict or a list is refused as both; the first reason is enough.
+        if names != parts and any(name.split(".")[0] == names[0] for name in found):
+            continue
+        found[".".join(names)] = ExportError(
+            f"field {shown('.'.join(names))} is refused: {item['msg']}",
             where=where,
             got=shown(item["input"]),
             fix="correct the value; this file is written by the training tool",
             code="E_CONFIG",
         )
-        for item in error.errors(include_url=False)
-    ]
+    return list(found.values())
+
+
+def _is_type_name(part: str) -> bool:
+    """Whether pydantic put a member of a union into the location."""
+    return part in ("constrained-str", "str", "int") or part.startswith(("dict[", "list["))

@@ -37,8 +37,12 @@ def parse_object(data: bytes, where: str, max_depth: int = MAX_DEPTH, max_items:
     """The JSON object in `data`; everything else is refused."""
     _check_nesting(data, where, max_depth, max_items)
     try:
+        # Decoded here: json.loads would guess UTF-16 and UTF-32, where the counts above mean nothing.
         value = json.loads(
-            data, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_float
+            data.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
         )
     except (ValueError, RecursionError) as error:
         raise ExportError(

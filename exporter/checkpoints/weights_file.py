@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from exporter.errors import ExportError
 
 MAX_HEADER = 8 << 20
 MAX_TENSORS = 20_000
+SPARSE_FROM = 64 << 20
 
 FLOAT_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 # Bits per element of every dtype of the format; sizes must be right even for tensors we will refuse.
@@ -83,7 +85,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 def _read_entries(file: BinaryIO, where: str) -> dict[str, TensorEntry]:
     """The checked header: size = declared bytes, tensors contiguous and complete, counts under the caps."""
-    size = file.seek(0, 2)
+    size = _real_size(file, where)
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
@@ -98,6 +100,15 @@ def _read_entries(file: BinaryIO, where: str) -> dict[str, TensorEntry]:
     entries = {key: _entry(key, value, 8 + length, where) for key, value in header.items()}
     _check_coverage(entries, 8 + length, size, where)
     return entries
+
+
+def _real_size(file: BinaryIO, where: str) -> int:
+    """The file's size; a large file that is almost all holes is a bomb that costs nothing to make."""
+    status = os.fstat(file.fileno())
+    # Some file systems report no blocks at all: then nothing is known.
+    if status.st_size > SPARSE_FROM and 0 < status.st_blocks * 512 < status.st_size // 16:
+        raise _broken(where, f"{status.st_size} bytes of which {status.st_blocks * 512} are stored", "a file of data")
+    return status.st_size
 
 
 def _entry(key: str, value: Any, offset: int, where: str) -> TensorEntry:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from exporter.adapters import AdapterSet
 from exporter.checkpoints import (
@@ -235,19 +236,25 @@ def verify_graphs(
     parts: Parts, spec: BuildSpec, exported: Sequence[Exported], folder: Path, root: Path
 ) -> tuple[list[VerifyReport], list[GoldenCase]]:
     """Check every fp32 graph against the reference forward; raises VerifyError."""
+    verification = make_verification(parts, spec, load_tokenizer(root))
+    results = [verification.run(folder, graph.info) for graph in exported]
+    return [report for report, _ in results], [case for _, cases in results for case in cases]
+
+
+def make_verification(parts: Parts, spec: BuildSpec, tokenizer: Tokenizer | None) -> Verification:
+    """The measures for this model, at the level asked for or the default for its size."""
     size = parameter_count(parts.model)
-    verification = Verification(
+    info = base_info(parts.inputs.base, parts.model, spec.dtype)
+    return Verification(
         reference=Reference(parts.model, parts.inputs.adapters, parts.kinds),
         adapters=parts.inputs.adapters,
         level=spec.verify or (VerifyLevel.FULL if size <= FULL_UP_TO else VerifyLevel.QUICK),
         spec=spec,
-        tokenizer=load_tokenizer(root),
-        vocab_size=base_info(parts.inputs.base, parts.model, spec.dtype).vocab_size,
-        max_positions=base_info(parts.inputs.base, parts.model, spec.dtype).max_positions,
+        tokenizer=tokenizer,
+        vocab_size=info.vocab_size,
+        max_positions=info.max_positions,
         is_large=size > FULL_UP_TO,
     )
-    results = [verification.run(folder, graph.info) for graph in exported]
-    return [report for report, _ in results], [case for _, cases in results for case in cases]
 
 
 def export_rounded(parts: Parts, spec: BuildSpec, proofs: Sequence[Exported], root: Path) -> list[Exported]:

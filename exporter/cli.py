@@ -1,0 +1,180 @@
+"""The command line: `inspect` a checkpoint, `build` and `verify` a bundle. Heavy imports wait until they are needed."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exporter.spec import AdapterSource, BuildSpec, CacheChoice, DType
+from runtime.errors import InputError, MachineError, UserError
+from runtime.manifest import Check, Emit, Mode, TopkSoftmax, VerifyLevel
+
+if TYPE_CHECKING:
+    from runtime.bundle import Bundle
+
+BUG, INTERRUPTED = 4, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 done, 2 bad input, 3 the machine lacks something, 4 a defect, 130 Ctrl-C."""
+    args = parser().parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(level=logging.ERROR if args.quiet else logging.WARNING, format="%(message)s")
+    try:
+        return {"inspect": inspect, "build": build, "verify": verify}[args.command](args)
+    except UserError as error:
+        return _fail(f"error: {error}", error.exit_code)
+    except MemoryError:
+        return _fail("error: not enough memory", MachineError.exit_code)
+    except ModuleNotFoundError as error:
+        fix = "pip install 'xlora-export[export]'"
+        return _fail(f"error: the package {error.name} is not installed. Fix: {fix}", MachineError.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was published", INTERRUPTED)
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        sys.stderr.close()
+        return 0
+    except Exception:  # noqa: BLE001 - a defect of ours keeps its traceback
+        traceback.print_exc()
+        return BUG
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(prog="python -m exporter", description="Export X-LoRA models to ONNX bundles.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    show = commands.add_parser("inspect", help="what a checkpoint holds, what will be used, what is refused and why")
+    show.add_argument("path", type=Path, metavar="PATH")
+    _add_quiet(show)
+    _add_build(commands.add_parser("build", help="make a verified bundle from a base, experts and a gate"))
+    check = commands.add_parser("verify", help="check a bundle, alone or against its sources")
+    check.add_argument("bundle", type=Path, metavar="BUNDLE")
+    _add_sources(check)
+    check.add_argument("--verify", type=VerifyLevel, choices=list(VerifyLevel)[:2], help="extent of the numeric checks")
+    check.add_argument("--threads", type=int, metavar="N")
+    _add_quiet(check)
+    return top
+
+
+def _add_build(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    _add_sources(command)
+    add("--mode", nargs="+", type=Mode, choices=list(Mode), default=[Mode.DYNAMIC], help="one or both")
+    add("--mix", metavar="math=0.7,code=0.3", help="the mix of a static graph; 'base' for no expert")
+    add("--out", type=Path, metavar="DIR", help="default ./NAME-MODE")
+    add("--force", action="store_true", help="replace the bundle that is there")
+    add("--emit", type=Emit, choices=list(Emit), default=Emit.PORTABLE, help="opset 18 or opset 24 operators")
+    add("--dtype", type=DType, choices=list(DType), default=DType.FLOAT32, help="of weights and K/V")
+    add("--cache", type=CacheChoice, choices=list(CacheChoice), default=CacheChoice.KV)
+    add("--topk-softmax", type=TopkSoftmax, choices=list(TopkSoftmax), help="the rule the gate was trained with")
+    add("--verify", type=VerifyLevel, choices=list(VerifyLevel), help="default full up to 300 M parameters, then quick")
+    add("--prompt", dest="prompts", action="append", default=[], metavar="TEXT", help="verify with these texts")
+    add("--threads", type=int, metavar="N", help="of ONNX Runtime during verification")
+    _add_quiet(command)
+
+
+def _add_sources(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--base", metavar="DIR_OR_ID", help="default: the base that the adapters' configs name")
+    add("--adapters", nargs="+", type=_source, default=[], metavar="[[KEY:]NAME=]DIR")
+    add("--gate", type=Path, metavar="DIR", help="the gate, when --adapters names the experts one by one")
+
+
+def _add_quiet(command: argparse.ArgumentParser) -> None:
+    command.add_argument("-q", "--quiet", action="store_true", help="errors and results only")
+
+
+def _source(text: str) -> AdapterSource:
+    """DIR, NAME=DIR or KEY:NAME=DIR; a DIR that exists is taken as it stands."""
+    if "=" not in text or Path(text).exists():
+        return AdapterSource(Path(text))
+    name, _, folder = text.partition("=")
+    key, colon, rest = name.partition(":")
+    if not folder or not name or (colon and not rest):
+        raise argparse.ArgumentTypeError(f"{text!r}: need DIR, NAME=DIR or KEY:NAME=DIR")
+    return AdapterSource(Path(folder), rest, key) if colon else AdapterSource(Path(folder), name)
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Print what a checkpoint or bundle holds; 2 when it could not be exported."""
+    from exporter.inspect import inspect_checkpoint, render
+
+    report = inspect_checkpoint(args.path)
+    print(render(report))
+    return InputError.exit_code if report.problems else 0
+
+
+def build(args: argparse.Namespace) -> int:
+    """Build and publish."""
+    spec = _build_spec(args)
+    from exporter.progress import shown_stages
+
+    with shown_stages(quiet=args.quiet) as clock:
+        from exporter.build_bundle import build as build_bundle
+
+        bundle = build_bundle(spec, clock)
+    _print_bundle(bundle, quiet=args.quiet)
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Check a bundle and print every measure."""
+    from exporter.verify_bundle import verify_bundle
+
+    sources = None
+    if args.adapters or args.base or args.gate:
+        sources = BuildSpec(tuple(args.adapters), args.base, args.gate, verify=args.verify, threads=args.threads)
+    results = verify_bundle(args.bundle, sources, threads=args.threads)
+    for result in results:
+        print(f"graph {result.graph} against its {result.against}:")
+        print("\n".join(_check_line(check) for check in result.checks))
+    return 0
+
+
+def _build_spec(args: argparse.Namespace) -> BuildSpec:
+    from runtime.mix import mix_from_text
+
+    return BuildSpec(
+        adapters=tuple(args.adapters),
+        base=args.base,
+        gate=args.gate,
+        modes=tuple(dict.fromkeys(args.mode)),
+        mix=None if args.mix is None else mix_from_text(args.mix),
+        out=args.out,
+        emit=args.emit,
+        dtype=args.dtype,
+        cache=args.cache,
+        topk_softmax=args.topk_softmax,
+        verify=args.verify,
+        prompts=tuple(args.prompts),
+        overwrite=args.force,
+        threads=args.threads,
+    )
+
+
+def _print_bundle(bundle: Bundle, *, quiet: bool) -> None:
+    """The mapping, the checks and where the bundle lies."""
+    if not quiet:
+        for expert in bundle.manifest.experts:
+            print(f"column {expert.column}  {expert.name}  from {expert.folder} (key {expert.key}, rank {expert.rank})")
+        for report in bundle.manifest.reports:
+            head = f"graph {report.graph}: verification {report.level}, stage {report.stage}, stage B {report.stage_b}"
+            print(f"{head}\n" + "\n".join(_check_line(check) for check in report.checks))
+    print(bundle.root)
+
+
+def _check_line(check: Check) -> str:
+    verdict = "ok" if check.passed else "FAILED"
+    return f"  {check.name:<16} {check.value:>10.3g}  limit {check.limit:<8g} {verdict}  {check.where}".rstrip()
+
+
+def _fail(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code

@@ -1,0 +1,78 @@
+"""`python -m exporter verify`: is this bundle still the model? Alone by its golden set, with sources by all checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporter.errors import VerifyError
+from exporter.spec import BuildSpec
+from runtime.backends import open_session
+from runtime.bundle import Bundle, open_bundle
+from runtime.golden import GOLDEN_PATH, GoldenCase, read_golden, replay_golden
+from runtime.manifest import Check, GraphInfo
+from runtime.session import SessionSettings
+
+
+@dataclass(frozen=True, slots=True)
+class GraphChecks:
+    """What was compared for one graph."""
+
+    graph: str
+    against: str  # "golden set" | "reference forward"
+    checks: tuple[Check, ...]
+
+
+def verify_bundle(path: Path, sources: BuildSpec | None = None, *, threads: int | None = None) -> list[GraphChecks]:
+    """All digests; then the golden set, or with `sources` (base and adapters) their digests and every stage A check.
+
+    Raises VerifyError when a measure fails or nothing can be measured, InputError when the bundle is damaged.
+    """
+    bundle = open_bundle(path)
+    results = replay_bundle(bundle, threads)
+    if sources is not None:
+        from exporter.verify_sources import verify_against_sources  # needs torch
+
+        results += verify_against_sources(bundle, sources)
+    failed = [(result, check) for result in results for check in result.checks if not check.passed]
+    if failed:
+        raise VerifyError(
+            "; ".join(
+                f"graph {r.graph}, {c.name} {c.value:.3g} > {c.limit:g} against the {r.against} ({c.where})"
+                for r, c in failed
+            ),
+            where=str(path),
+            code="E_VERIFY",
+        )
+    if not any(result.checks for result in results):
+        raise VerifyError(
+            "nothing to verify: the bundle was built with --verify structure and holds no golden set",
+            where=str(path),
+            fix="give --base and --adapters, or build again with --verify quick",
+        )
+    return results
+
+
+def replay_bundle(bundle: Bundle, threads: int | None) -> list[GraphChecks]:
+    """Every golden case of every graph; needs numpy and a backend, no torch."""
+    if not any(artifact.path == GOLDEN_PATH for artifact in bundle.manifest.artifacts):
+        return []
+    golden = read_golden(bundle.read(GOLDEN_PATH), str(bundle.root / GOLDEN_PATH))
+    results = []
+    for graph in bundle.manifest.graphs:
+        cases = [case for case in golden.cases if case.graph == graph.name]
+        results.append(GraphChecks(graph.name, "golden set", replay_graph(bundle, graph, cases, threads)))
+    return results
+
+
+def replay_graph(
+    bundle: Bundle, graph: GraphInfo, cases: Sequence[GoldenCase], threads: int | None
+) -> tuple[Check, ...]:
+    """One graph's cases in a fresh session."""
+    settings = SessionSettings(bundle.manifest.base.max_positions, threads=threads)
+    session = open_session("ort", bundle.file(graph.path), graph.signature, settings)
+    try:
+        return replay_golden(session, cases, bundle.manifest.base.dtype)
+    finally:
+        session.close()

@@ -1,0 +1,61 @@
+"""Verification of a published bundle against the checkpoints it was built from."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from exporter.build_bundle import Parts, export_graphs, load_parts, make_verification, read_inputs
+from exporter.checkpoints import compare_sources, source_files
+from exporter.graphs import Exported
+from exporter.rounding import require_rounded
+from exporter.spec import BuildSpec, CacheChoice, DType
+from exporter.store import WeightStore
+from exporter.tokenizer import load_tokenizer
+from exporter.verify_bundle import GraphChecks
+from runtime.bundle import Bundle
+from runtime.manifest import Manifest
+from runtime.signature import CacheStyle
+
+
+def verify_against_sources(bundle: Bundle, sources: BuildSpec) -> list[GraphChecks]:
+    """The sources' digests, then stage A of every graph; fp16 and bf16 bundles through a fresh fp32 twin."""
+    spec = spec_from_manifest(bundle.manifest, sources)
+    inputs = read_inputs(spec)
+    compare_sources(bundle.manifest.sources, source_files(inputs.adapters, inputs.base))
+    parts = load_parts(inputs)
+    if spec.dtype is DType.FLOAT32:
+        return _measure(parts, spec, bundle.root, bundle)
+    with tempfile.TemporaryDirectory(prefix="xlora-twin-") as folder:
+        root = Path(folder)
+        twins = export_graphs(parts, spec, DType.FLOAT32, root)
+        for twin in twins:
+            published = ir.load(bundle.file(twin.info.path))
+            require_rounded(twin, Exported(twin.info, published, WeightStore(bundle.root)))
+        return _measure(parts, spec, root, bundle)
+
+
+def spec_from_manifest(manifest: Manifest, sources: BuildSpec) -> BuildSpec:
+    """The settings the bundle was built with, on the given sources."""
+    first = manifest.graphs[0]
+    mixes = [graph.mix for graph in manifest.graphs if graph.mix is not None]
+    return replace(
+        sources,
+        modes=tuple(graph.mode for graph in manifest.graphs),
+        mix=mixes[0] if mixes else None,
+        emit=first.emit,
+        dtype=DType(manifest.base.dtype),
+        cache=CacheChoice.NONE if first.signature.cache_style is CacheStyle.NONE else CacheChoice.KV,
+        topk_softmax=manifest.gate.topk_softmax if manifest.gate else None,
+    )
+
+
+def _measure(parts: Parts, spec: BuildSpec, folder: Path, bundle: Bundle) -> list[GraphChecks]:
+    verification = make_verification(parts, spec, load_tokenizer(bundle.root))
+    return [
+        GraphChecks(graph.name, "reference forward", verification.run(folder, graph)[0].checks)
+        for graph in bundle.manifest.graphs
+    ]
