@@ -1,4 +1,4 @@
-"""Export X-LoRA models: `from exporter import build, BuildSpec`. torch and transformers load on first use of `build`."""
+"""Export X-LoRA models: `from exporter import build, BuildSpec`; torch and transformers load on first use."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,8 +53,6 @@ from runtime.manifest import (
 )
 from runtime.signature import CacheStyle, signature_from_shape
 
-logger = logging.getLogger(__name__)
-
 FULL_UP_TO = 300_000_000  # parameters; above, `quick` is the default and weights stay mapped in verification
 VERSIONED = ("torch", "transformers", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 TWIN = "twin"  # the fp32 graphs of an fp16 or bf16 build, inside the stage until they are verified
@@ -87,9 +84,11 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
     Raises ExportError for bad input, VerifyError when a graph is not the model, MachineError for disk trouble.
     """
     clock = clock or StageClock()
-    with PeakMemory() as memory:
+    with PeakMemory() as clock.memory:
         with clock.stage("read and check"):
             inputs = read_inputs(spec)
+        for note in inputs.notes:
+            clock.notes(note)
         out = spec.out or default_out(spec, inputs)
         with stage(out, overwrite=spec.overwrite, estimate_bytes=estimate_bytes(spec, inputs)) as staged:
             root = staged.folder
@@ -109,7 +108,7 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
             with clock.stage("digest sources"):
                 manifest = describe(parts, spec, graphs, reports, tokenizer)
             with clock.stage("publish"):
-                log = {"seconds": clock.seconds, "notes": inputs.notes, "peak_bytes": memory.as_dict()}
+                log = {"seconds": clock.seconds, "notes": inputs.notes, "peak_bytes": clock.memory.as_dict()}
                 return publish(staged, manifest, log)
 
 

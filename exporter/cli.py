@@ -16,6 +16,7 @@ from runtime.errors import InputError, MachineError, UserError
 from runtime.manifest import Check, Emit, Mode, TopkSoftmax, VerifyLevel
 
 if TYPE_CHECKING:
+    from exporter.watch import StageClock
     from runtime.bundle import Bundle
 
 BUG, INTERRUPTED = 4, 130
@@ -69,7 +70,7 @@ def _add_build(command: argparse.ArgumentParser) -> None:
     add("--mode", nargs="+", type=Mode, choices=list(Mode), default=[Mode.DYNAMIC], help="one or both")
     add("--mix", metavar="math=0.7,code=0.3", help="the mix of a static graph; 'base' for no expert")
     add("--out", type=Path, metavar="DIR", help="default ./NAME-MODE")
-    add("--force", action="store_true", help="replace the bundle that is there")
+    add("--overwrite", action="store_true", help="replace the bundle that is there")
     add("--emit", type=Emit, choices=list(Emit), default=Emit.PORTABLE, help="opset 18 or opset 24 operators")
     add("--dtype", type=DType, choices=list(DType), default=DType.FLOAT32, help="of weights and K/V")
     add("--cache", type=CacheChoice, choices=list(CacheChoice), default=CacheChoice.KV)
@@ -120,7 +121,9 @@ def build(args: argparse.Namespace) -> int:
         from exporter.build_bundle import build as build_bundle
 
         bundle = build_bundle(spec, clock)
-    _print_bundle(bundle, quiet=args.quiet)
+    if not args.quiet:
+        _print_bundle(bundle, clock)
+    print(bundle.root)
     return 0
 
 
@@ -154,20 +157,23 @@ def _build_spec(args: argparse.Namespace) -> BuildSpec:
         topk_softmax=args.topk_softmax,
         verify=args.verify,
         prompts=tuple(args.prompts),
-        overwrite=args.force,
+        overwrite=args.overwrite,
         threads=args.threads,
     )
 
 
-def _print_bundle(bundle: Bundle, *, quiet: bool) -> None:
-    """The mapping, the checks and where the bundle lies."""
-    if not quiet:
-        for expert in bundle.manifest.experts:
-            print(f"column {expert.column}  {expert.name}  from {expert.folder} (key {expert.key}, rank {expert.rank})")
-        for report in bundle.manifest.reports:
-            head = f"graph {report.graph}: verification {report.level}, stage {report.stage}, stage B {report.stage_b}"
-            print(f"{head}\n" + "\n".join(_check_line(check) for check in report.checks))
-    print(bundle.root)
+def _print_bundle(bundle: Bundle, clock: StageClock) -> None:
+    """The mapping column -> name -> folder, the checks, and what the build cost."""
+    from exporter.progress import size_text
+
+    for expert in bundle.manifest.experts:
+        print(f"column {expert.column}  {expert.name}  from {expert.folder} (key {expert.key}, rank {expert.rank})")
+    for report in bundle.manifest.reports:
+        head = f"graph {report.graph}: verification {report.level}, stage {report.stage}, stage B {report.stage_b}"
+        print(f"{head}\n" + "\n".join(_check_line(check) for check in report.checks))
+    if clock.memory is not None:
+        anonymous, mapped = size_text(clock.memory.anonymous), size_text(clock.memory.mapped)
+        print(f"{sum(clock.seconds.values()):.1f} s, peak memory {anonymous} anonymous and {mapped} mapped")
 
 
 def _check_line(check: Check) -> str:

@@ -11,9 +11,12 @@ from exporter.watch import StageClock, StageEvent
 
 @contextmanager
 def shown_stages(*, quiet: bool) -> Iterator[StageClock]:
-    """A clock whose stages appear on stderr while they run; nothing is written with `quiet` or into a file or pipe."""
-    if quiet or not sys.stderr.isatty():
+    """A clock that tells on stderr: notes always, stages only on a terminal; nothing at all with `quiet`."""
+    if quiet:
         yield StageClock()
+        return
+    if not sys.stderr.isatty():
+        yield StageClock(notes=lambda text: print(f"note: {text}", file=sys.stderr))  # noqa: T201
         return
     from rich.console import Console
 
@@ -24,12 +27,13 @@ def shown_stages(*, quiet: bool) -> Iterator[StageClock]:
             if event.seconds is None:
                 status.update(event.name)
             else:
-                console.print(f"  {event.name:<20} {event.seconds:7.1f} s  {_size(event.size)}", highlight=False)
+                console.print(f"  {event.name:<20} {event.seconds:7.1f} s  {size_text(event.size)}", highlight=False)
 
-        yield StageClock(listen)
+        yield StageClock(listen, lambda text: console.print(f"note: {text}", highlight=False, markup=False))
 
 
-def _size(count: int | None) -> str:
+def size_text(count: int | None) -> str:
+    """Bytes for a reader: "1.2 GB"; nothing for none."""
     if not count:
         return ""
     value, units = float(count), ["B", "kB", "MB", "GB"]

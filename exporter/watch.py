@@ -25,29 +25,8 @@ class StageEvent:
     size: int | None = None
 
 
-Listener = Callable[[StageEvent], None]
-
-
-def silent(event: StageEvent) -> None:
+def _silent(_: object) -> None:
     """The listener of a quiet build."""
-
-
-@dataclass(slots=True)
-class StageClock:
-    """Times stages in order; nested stages are not meant."""
-
-    listener: Listener = silent
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str, folder: Path | None = None) -> Iterator[None]:
-        """Time one stage; with `folder`, tell how many bytes it added there."""
-        self.listener(StageEvent(name))
-        before, started = _bytes_in(folder), time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-        written = None if folder is None else _bytes_in(folder) - before
-        self.listener(StageEvent(name, self.seconds[name], written))
 
 
 class PeakMemory:
@@ -80,6 +59,26 @@ class PeakMemory:
             self.mapped = max(self.mapped, _field(text, "RssFile"))
             if self._stop.wait(_SAMPLE_SECONDS):
                 return
+
+
+@dataclass(slots=True)
+class StageClock:
+    """Times stages in order; nested stages are not meant. `notes` hears what was repaired, renamed or ignored."""
+
+    listener: Callable[[StageEvent], None] = _silent
+    notes: Callable[[str], None] = _silent
+    seconds: dict[str, float] = field(default_factory=dict)
+    memory: PeakMemory | None = None  # of the build, once it has begun
+
+    @contextmanager
+    def stage(self, name: str, folder: Path | None = None) -> Iterator[None]:
+        """Time one stage; with `folder`, tell how many bytes it added there."""
+        self.listener(StageEvent(name))
+        before, started = _bytes_in(folder), time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        written = None if folder is None else _bytes_in(folder) - before
+        self.listener(StageEvent(name, self.seconds[name], written))
 
 
 def _field(text: str, name: str) -> int:

@@ -8,6 +8,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from exporter.passes.fold_shapes import FoldShapesPass
+from exporter.passes.fuse_modern import FuseModernPass
 from exporter.passes.name_weights import NameWeightsPass
 from exporter.passes.simplify import SimplifyPass
 from runtime.manifest import Emit
@@ -22,6 +23,7 @@ def run_passes(model: ir.Model, weight_names: Mapping[str, str], emit: Emit) -> 
         common.CommonSubexpressionEliminationPass(),
         SimplifyPass(),
         FoldShapesPass(),
+        *([FuseModernPass(), common.CommonSubexpressionEliminationPass()] if emit is Emit.MODERN else []),
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.TopologicalSortPass(),
