@@ -32,7 +32,7 @@ from exporter.reference import Reference
 from exporter.rounding import require_rounded
 from exporter.sites import Site, SiteKind, stack
 from exporter.spec import BuildSpec, CacheChoice, DType
-from exporter.static import folded_weights, mix_row, untied
+from exporter.static import folded_weights, mix_row, rounded_weights, untied
 from exporter.store import WeightStore
 from exporter.tokenizer import load_tokenizer, write_tokenizer
 from exporter.verification import Verification
@@ -171,12 +171,19 @@ def load_parts(inputs: Inputs) -> Parts:
     )
 
 
-def export_graphs(parts: Parts, spec: BuildSpec, dtype: DType, root: Path) -> list[Exported]:
-    """All graphs of the build in one dtype, in one store; dynamic first, for static ones point into its weights."""
+def export_graphs(
+    parts: Parts, spec: BuildSpec, dtype: DType, root: Path, twin: WeightStore | None = None
+) -> list[Exported]:
+    """All graphs of the build in one dtype, in one store; dynamic first, for static ones point into its weights.
+
+    `twin` is the store of the fp32 build that is being rounded.
+    """
     root.mkdir(exist_ok=True)
     store = WeightStore(root)
-    makers = {Mode.DYNAMIC: export_dynamic, Mode.STATIC: export_static}
-    return [makers[mode](parts, spec, dtype, store) for mode in sorted(set(spec.modes))]
+    graphs = [export_dynamic(parts, spec, dtype, store)] if Mode.DYNAMIC in spec.modes else []
+    if Mode.STATIC in spec.modes:
+        graphs.append(export_static(parts, spec, dtype, store, twin))
+    return graphs
 
 
 def export_dynamic(parts: Parts, spec: BuildSpec, dtype: DType, store: WeightStore) -> Exported:
@@ -195,14 +202,19 @@ def export_dynamic(parts: Parts, spec: BuildSpec, dtype: DType, store: WeightSto
     return Exported(graph_info(plan, Mode.DYNAMIC, None), export_graph(parts.model, plan, store), store)
 
 
-def export_static(parts: Parts, spec: BuildSpec, dtype: DType, store: WeightStore) -> Exported:
+def export_static(
+    parts: Parts, spec: BuildSpec, dtype: DType, store: WeightStore, twin: WeightStore | None
+) -> Exported:
     """The plain base graph with the mix folded in; only the changed tensors are stored anew."""
     assert spec.mix is not None
     model = parts.model
     row = mix_row(spec.mix, [expert.name for expert in parts.inputs.adapters.experts])
     shape = signature_shape(model, 0, 0, gate=False, dtype=dtype, cache=cache_style(spec))
     sites = [site for site in parts.sites if (row @ site.weights).any()]
-    folded = folded_weights(model, sites, row, "static")
+    if twin is None:
+        folded = folded_weights(model, sites, row, "static")
+    else:
+        folded = rounded_weights(twin, getattr(torch, dtype.value), "static")
     store.write("static", folded)
     changed = {weight.name.removeprefix("static/"): weight.name for weight in folded}
     with untied(model, sites) as twins:
@@ -259,7 +271,7 @@ def make_verification(parts: Parts, spec: BuildSpec, tokenizer: Tokenizer | None
 def export_rounded(parts: Parts, spec: BuildSpec, proofs: Sequence[Exported], root: Path) -> list[Exported]:
     """The same graphs with weights rounded to fp16 or bf16, proved to be just that."""
     parts.model.to(getattr(torch, spec.dtype.value))
-    graphs = export_graphs(parts, spec, spec.dtype, root)
+    graphs = export_graphs(parts, spec, spec.dtype, root, proofs[0].store)
     for proof, rounded in zip(proofs, graphs, strict=True):
         require_rounded(proof, rounded)
     shutil.rmtree(root / TWIN)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from exporter.errors import ExportError
 from exporter.sites import Site, SiteKind
-from exporter.store import Weight
+from exporter.store import Weight, WeightStore
 
 
 def mix_row(mix: Mapping[str, float], experts: Sequence[str]) -> torch.Tensor:
@@ -50,6 +50,15 @@ def folded_weights(model: nn.Module, sites: Iterable[Site], row: torch.Tensor, p
         )
 
     return [weight(site) for site in sites]
+
+
+def rounded_weights(folded: WeightStore, dtype: torch.dtype, prefix: str) -> list[Weight]:
+    """The changed weights of an fp32 build, rounded once to `dtype`; folding rounded weights would round twice."""
+    return [
+        Weight(name, dtype, stored.shape, lambda name=name: folded.read(name).to(dtype))  # type: ignore[misc]
+        for name, stored in folded.stored.items()
+        if name.startswith(f"{prefix}/")
+    ]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -85,6 +86,12 @@ class WeightStore:
         names = (file if n == 1 else f"{file}-{n}" for n in count(1))
         paths = (self.root / FOLDER / f"{name}.safetensors" for name in names)
         return next(path for path in paths if not path.exists())
+
+    def read(self, name: str) -> torch.Tensor:
+        """A stored tensor, in memory."""
+        stored = self.stored[name]
+        data = np.fromfile(self.root / stored.path, np.uint8, stored.length, offset=stored.offset)
+        return torch.from_numpy(data).view(stored.dtype).reshape(stored.shape)
 
     def external(self, name: str) -> ir.ExternalTensor:
         """The stored tensor as an initializer value of a graph that lies in the store's root."""
