@@ -28,7 +28,7 @@ from runtime.manifest import (
 from runtime.safe_files import FileId, Tree, Walk, folders_of
 from runtime.safetensors_header import header_problem
 
-MAX_MANIFEST_BYTES = 16 << 20
+MAX_MANIFEST_BYTES = 8 << 20
 MAX_BUILD_LOG_BYTES = 16 << 20
 _MAX_SHOWN = 8  # faults of one manifest that a message lists
 
@@ -132,7 +132,9 @@ def _root(path: Path) -> Path:
         if root.is_dir() and os.path.lexists(root / MANIFEST_NAME):
             return root
         what = f"holds no {MANIFEST_NAME}" if root.is_dir() else "is a file; a bundle is a folder"
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: a loop of links
+    except PermissionError:
+        what = "no permission to look into it"
+    except (OSError, ValueError, RuntimeError):  # ValueError: a NUL in the path; RuntimeError: a loop of links
         what = "no such folder"
     raise InputError(what, where=str(path), fix=fix, code="E_BUNDLE")
 

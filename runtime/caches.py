@@ -30,7 +30,7 @@ class CacheGroup:
     heads: int
     dim: int
     dtype: np.dtype[np.generic]
-    memory: NDArray[np.generic]  # [N, slots, H, C, D]; entries past a slot's length are finite, never read as values
+    memory: NDArray[np.generic]  # [N, slots, H, C, D]; all of it finite: a masked NaN would still poison
 
     def grow(self, capacity: int) -> None:
         """Copy into a larger, zeroed block."""
@@ -50,9 +50,9 @@ class CacheGroup:
         for row, (start, count) in enumerate(zip(past.tolist(), counts.tolist(), strict=True)):
             target[:, row, :, start : start + count] = fresh[:, row, :, :count]
 
-    def clear(self, slots: slice, past: NDArray[np.int64], width: int) -> None:
-        """Zero what a step of `width` tokens wrote past each row's length."""
-        for row, start in enumerate(past.tolist()):
+    def clear(self, slots: slice, starts: NDArray[np.int64], width: int) -> None:
+        """Zero `width` entries from starts[b] on."""
+        for row, start in enumerate(starts.tolist()):
             self.memory[:, slots][:, row, :, start : start + width] = 0
 
 
@@ -78,11 +78,6 @@ class Caches:
         for group in self.groups:
             group.grow(self.capacity)
         return True
-
-    def zero(self) -> None:
-        """Overwrite every entry, so that none of an old request can reach a new one."""
-        for group in self.groups:
-            group.memory.fill(0)
 
 
 def _groups(signature: Signature, dtypes: dict[str, np.dtype[np.generic]]) -> tuple[CacheGroup, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.errors import InputError, UserError
+from runtime.errors import InputError, MachineError, UserError
 
 if TYPE_CHECKING:
     from runtime.generate import GenerateOptions, Prompt
@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except UserError as error:
         return _fail(f"error: {error}", error.exit_code)
+    except MemoryError:
+        return _fail("error: not enough memory. Fix: shorter prompts or a smaller --batch-size", MachineError.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader, such as `head`, has enough

@@ -75,8 +75,12 @@ def _run_in_batches(model: Model, requests: list[Request], routing: Routing, siz
 def _run(model: Model, requests: list[Request], routing: Routing) -> Iterator[TokenEvent]:
     """The loop: prefill is its first round, every later one carries a token a row."""
     began = perf_counter()
-    passes = routing.open(model.session, len(requests))
+    passes = model.turn.holder = routing.open(model.session, len(requests))
     while not all(request.is_done for request in requests):
+        if model.turn.holder is not passes:
+            raise InputError(
+                "another generation has begun on this model", fix="finish one first, or load the model twice"
+            )
         logits = passes.forward(*_padded([request.pending() for request in requests]))
         for request, row in zip(requests, logits, strict=True):
             if not request.is_done:

@@ -39,7 +39,7 @@ def scalings_from_mix(mix: Mapping[str, float], experts: Sequence[str]) -> NDArr
     problems += [
         _problem(f"the weight of {name} is {weight}", "a finite number")
         for name, weight in mix.items()
-        if not abs(weight) <= np.finfo(np.float32).max  # NaN is not either
+        if not abs(weight) <= float(np.finfo(np.float32).max)  # NaN is not either
     ]
     raise_all("mix", problems)
     return np.array([mix.get(name, 0.0) for name in experts], np.float32)

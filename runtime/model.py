@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,6 +15,13 @@ from runtime.session import Session, SessionSettings
 from runtime.text import Text
 
 
+@dataclass(slots=True)
+class Turn:
+    """Whose caches the session holds now: one generation at a time."""
+
+    holder: object = None
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """A context manager; `generate` and `complete` take it."""
@@ -23,6 +30,7 @@ class Model:
     graph: GraphInfo
     session: Session
     text: Text | None  # None: token ids only
+    turn: Turn = field(default_factory=Turn)
 
     @property
     def vocab_size(self) -> int:

@@ -57,7 +57,7 @@ class ExactPasses:
 
 
 class WholeSequence:
-    """Passes over a graph without caches: every call computes the sequence from its start. One row."""
+    """Passes over a graph without caches: every call computes the sequence from its start. One row, never padded."""
 
     def __init__(self, passes: Passes) -> None:
         self._passes = passes
@@ -65,7 +65,7 @@ class WholeSequence:
 
     def forward(self, tokens: Ids, counts: Ids) -> Floats:
         """All tokens so far."""
-        self._tokens = np.concatenate([self._tokens, tokens[:, : counts[0]]], axis=1)
+        self._tokens = np.concatenate([self._tokens, tokens], axis=1)
         return self._passes.forward(self._tokens, np.array([self._tokens.shape[1]]))
 
 

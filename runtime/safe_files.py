@@ -89,7 +89,10 @@ class Tree:
     @contextmanager
     def open(cls, root: Path) -> Iterator[Self]:
         """Hold `root` open; it must be a folder and no link."""
-        fd = os.open(root, _FOLDER)
+        try:
+            fd = os.open(root, _FOLDER)
+        except OSError as error:
+            raise MachineError(f"cannot open the folder: {error.strerror}", where=str(root), code="E_READ") from error
         try:
             yield cls(root, fd)
         finally:

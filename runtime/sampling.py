@@ -60,7 +60,7 @@ def kept(logits: NDArray[np.float32], sampling: Sampling) -> tuple[NDArray[np.in
     k = min(sampling.top_k or len(logits), len(logits))
     ids = np.argsort(-logits, kind="stable")[:k]
     probabilities = softmax(logits[ids], sampling.temperature)
-    if sampling.top_p is not None:
+    if sampling.top_p is not None and sampling.top_p < 1:
         before = np.cumsum(probabilities) - probabilities
         reach = max(1, int(np.searchsorted(before, sampling.top_p, side="left")))
         ids, probabilities = ids[:reach], probabilities[:reach]

@@ -46,6 +46,8 @@ class TextStream:
     """Text of one request, token by token; `push` gives only what later tokens cannot change.
 
     Two decodes of a short window, before and after the new token, give its text; a window ends where characters end.
+    The pieces join to the text of one decode. (Except: byte fallback turns a run of bytes with broken UTF-8 in it into
+    U+FFFD as a whole; here the good characters before the broken one are out already, and stay.)
     """
 
     def __init__(self, text: Text) -> None:

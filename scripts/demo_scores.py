@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 MAX_NEW_TOKENS = 8
 
@@ -173,4 +174,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    disable_progress_bar()
     main()

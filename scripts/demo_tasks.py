@@ -10,7 +10,8 @@ from pathlib import Path
 
 TASKS = ("add", "reverse", "sort", "cipher")
 HELD_OUT_SHARE = 8  # one payload in this many is never trained on
-_KEYBOARD = str.maketrans(string.ascii_lowercase, "qwertyuiopasdfghjklzxcvbnm")
+_KEYBOARD = str.maketrans(string.ascii_letters, "qwertyuiopasdfghjklzxcvbnmQWERTYUIOPASDFGHJKLZXCVBNM")
+_ALPHABETS = {"reverse": string.ascii_lowercase, "sort": string.digits, "cipher": string.ascii_uppercase}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class Item:
 
 
 def prompt_of(task: str, payload: str) -> str:
-    """`add 37+58=`: the task word is the only sign of which task is asked."""
+    """`add 37+8=`, `reverse abc=`: the model is told the task by its name."""
     return f"{task} {payload}="
 
 
@@ -41,10 +42,10 @@ SOLVE: dict[str, Callable[[str], str]] = {
 
 
 def random_payload(task: str, rng: random.Random) -> str:
-    """Two numbers below 50 for `add`, three to five letters for the rest."""
+    """Two numbers below 50 for `add`, three to five characters of the task's alphabet for the rest."""
     if task == "add":
         return f"{rng.randint(1, 49)}+{rng.randint(1, 49)}"
-    return "".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 5)))
+    return "".join(rng.choices(_ALPHABETS[task], k=rng.randint(3, 5)))
 
 
 def is_held_out(payload: str) -> bool:

@@ -9,6 +9,7 @@ from demo_checkpoint import save_expert, save_xlora_as_peft_does, write_classifi
 from demo_model import byte_tokenizer, tiny_llama
 from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 SEED = 20240207
 # Three experts and a classifier of two Linears, numbered 0 and 3: `layers.0` is lost, `layers.3` is kept.
@@ -71,4 +72,5 @@ def _load_base(out: Path) -> PreTrainedModel:
 
 
 if __name__ == "__main__":
+    disable_progress_bar()
     main()

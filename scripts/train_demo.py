@@ -18,6 +18,7 @@ from demo_tasks import SOLVE, TASKS, Item, held_out_items, payloads, prompt_of, 
 from peft import PeftModel, XLoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 logger = logging.getLogger("train_demo")
 
@@ -25,19 +26,20 @@ SEED = 20240207
 THREADS = 1  # as fast as two for a model this small, and the sums come in one order everywhere
 HELD_OUT_PER_TASK = 64
 
-# What the base is taught: (word, skill, share of the data). It learns every skill under a name of its own, but ties
-# each task word to a wrong skill: only an expert puts that right, and since no two task words mean the same to the
-# base, its hidden states tell the gate which one was asked. Addition, the hardest, is seen most often.
+# What the base is taught: (word, task its payload comes from, skill, share of the data). It learns every skill under
+# a name of its own, but ties each task word to a wrong one, so that only an expert puts a task right.
+# The harder a skill, the larger its share.
 BASE_HABITS = (
-    ("sum", "add", 4),
-    ("flip", "reverse", 1),
-    ("order", "sort", 1),
-    ("code", "cipher", 1),
-    ("add", "cipher", 1),
-    ("reverse", "sort", 1),
-    ("sort", "cipher", 1),
-    ("cipher", "reverse", 1),
+    ("sum", "add", "add", 3),
+    ("flip", "reverse", "reverse", 2),
+    ("order", "sort", "sort", 1),
+    ("code", "cipher", "cipher", 2),
+    ("add", "add", "reverse", 1),
+    ("reverse", "reverse", "cipher", 1),
+    ("sort", "sort", "reverse", 1),
+    ("cipher", "cipher", "reverse", 1),
 )
+PROMPT_SHARE = 8  # the base learns to predict the prompt, too, of one row in this many
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +49,13 @@ class Schedule:
     steps: int
     batch: int
     peak_lr: float
+    learn_prompts: bool = False
 
 
-BASE_SCHEDULE = Schedule(steps=2400, batch=64, peak_lr=3e-3)
-EXPERT_SCHEDULE = Schedule(steps=250, batch=64, peak_lr=4e-3)
-GATE_SCHEDULE = Schedule(steps=200, batch=64, peak_lr=5e-3)
+# Only the base learns to predict prompts too: else its hidden states there would tell the gate nothing.
+BASE_SCHEDULE = Schedule(steps=2600, batch=64, peak_lr=3e-3, learn_prompts=True)
+EXPERT_SCHEDULE = Schedule(steps=350, batch=48, peak_lr=4e-3)
+GATE_SCHEDULE = Schedule(steps=400, batch=32, peak_lr=1e-2)
 
 
 def main() -> None:
@@ -108,13 +112,13 @@ def train_gate(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
 
 
 def habit_items(rng: random.Random) -> Iterator[Item]:
-    """Endless question-answer pairs of `BASE_HABITS`; numbers follow the words `add` and `sum`, letters the rest."""
-    numbers, letters = (payloads(task, rng, held_out=False) for task in ("add", "reverse"))
-    shares = [share for _, _, share in BASE_HABITS]
+    """Endless question-answer pairs of `BASE_HABITS`."""
+    sources = {task: payloads(task, rng, held_out=False) for task in TASKS}
+    shares = [share for *_, share in BASE_HABITS]
     while True:
-        ((word, skill, _),) = rng.choices(BASE_HABITS, weights=shares)
-        payload = next(numbers if word in ("add", "sum") else letters)
-        yield Item(word, prompt_of(word, payload), SOLVE[skill](payload))
+        ((word, task, skill, _),) = rng.choices(BASE_HABITS, weights=shares)
+        payload = next(sources[task])
+        yield Item(task, prompt_of(word, payload), SOLVE[skill](payload))
 
 
 def _load_base(out: Path) -> PreTrainedModel:
@@ -128,14 +132,15 @@ def _fit(
     items: Iterator[Item],
     schedule: Schedule,
 ) -> None:
-    """Next-token loss on the answers, AdamW on whatever is trainable, short warm-up and a linear way down."""
+    """Next-token loss, AdamW on whatever is trainable, short warm-up and a linear way down."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=schedule.peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
     pace = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_then_down(schedule.steps))
     started, smooth = time.monotonic(), None
     model.train()
     for step in range(schedule.steps):
-        loss = model(**encode_batch(tokenizer, list(islice(items, schedule.batch)))).loss
+        chunk = list(islice(items, schedule.batch))
+        loss = model(**encode_batch(tokenizer, chunk, learn_prompts=schedule.learn_prompts)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -151,8 +156,8 @@ def _warm_up_then_down(steps: int, warm_up: int = 20) -> Callable[[int], float]:
     return lambda step: min((step + 1) / warm_up, (steps - step) / (steps - warm_up))
 
 
-def encode_batch(tokenizer: PreTrainedTokenizerFast, items: list[Item]) -> dict[str, Tensor]:
-    """bos, prompt, answer, eos, padded on the right; labels on answer and eos only. All tensors [B, S]."""
+def encode_batch(tokenizer: PreTrainedTokenizerFast, items: list[Item], *, learn_prompts: bool) -> dict[str, Tensor]:
+    """bos, prompt, answer, eos, padded on the right; answer and eos are learned, some prompts on request."""
     prompts = tokenizer([item.prompt for item in items])["input_ids"]
     answers = tokenizer([item.answer for item in items], add_special_tokens=False)["input_ids"]
     rows = [[*prompt, *answer, tokenizer.eos_token_id] for prompt, answer in zip(prompts, answers, strict=True)]
@@ -160,7 +165,8 @@ def encode_batch(tokenizer: PreTrainedTokenizerFast, items: list[Item]) -> dict[
     labels = torch.full_like(input_ids, -100)
     for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
         input_ids[index, : len(row)] = torch.tensor(row)
-        labels[index, len(prompt) : len(row)] = torch.tensor(row[len(prompt) :])
+        learned_from = 0 if learn_prompts and index % PROMPT_SHARE == 0 else len(prompt)
+        labels[index, learned_from : len(row)] = torch.tensor(row[learned_from:])
     return {"input_ids": input_ids, "labels": labels}
 
 
@@ -177,4 +183,5 @@ def _parse_args() -> argparse.Namespace:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    disable_progress_bar()
     main()

@@ -16,13 +16,14 @@ from runtime.manifest import Emit
 
 def run_passes(model: ir.Model, weight_names: Mapping[str, str], emit: Emit) -> ir.Model:
     """Rewrite a fresh trace in place into what the bundle holds."""
+    weights = frozenset(weight_names.values())
     passes: list[ir.passes.InPlacePass] = [
         NameWeightsPass(weight_names),
-        FoldShapesPass(),
+        FoldShapesPass(weights),
         common.IdentityEliminationPass(),
         common.CommonSubexpressionEliminationPass(),
         SimplifyPass(),
-        FoldShapesPass(),
+        FoldShapesPass(weights),
         *([FuseModernPass(), common.CommonSubexpressionEliminationPass()] if emit is Emit.MODERN else []),
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),

@@ -94,7 +94,7 @@ class OrtSession:
             self._reserve(int(past.max()) + rows.tokens.shape[1])
         plan = self._plan(rows, is_fresh=not past.any())
         self._fill(plan, rows)
-        self._engine.run_with_iobinding(plan.binding)
+        run_engine(self._engine, plan.binding)
         self._check_finite(plan, rows)
         if self._style is CacheStyle.APPEND:
             self._append(plan, rows)
@@ -107,9 +107,8 @@ class OrtSession:
         self._slots.truncate(slot, length)
 
     def reset(self) -> None:
-        """Empty all slots and zero their memory."""
+        """Empty all slots, keeping their memory: it holds nothing but finite numbers, and those are masked."""
         self._slots.reset()
-        self._caches.zero()
 
     def close(self) -> None:
         """Free the engine and the caches."""
@@ -140,12 +139,12 @@ class OrtSession:
         if all(is_finite(array) for array in (*plan.results.values(), *plan.fresh)):
             return
         bad = first_bad(plan, rows)
-        if bad is None:  # only padding is
-            return
         if self._style is CacheStyle.ALIAS:  # the graph has written it already
+            starts = self._slots.past(rows) + (rows.counts if bad is None else 0)
             for group in self._caches.groups:
-                group.clear(rows.slots, self._slots.past(rows), rows.tokens.shape[1])
-        raise bad
+                group.clear(rows.slots, starts, rows.tokens.shape[1])
+        if bad is not None:  # else only padding is, which nothing keeps
+            raise bad
 
     def _plan(self, rows: Rows, *, is_fresh: bool) -> Plan:
         """The bound call for these shapes, reused while no memory moves. Fresh slots attend to an empty past."""
@@ -218,6 +217,18 @@ def open_engine(graph: Path, settings: SessionSettings) -> Any:
             fix="use --provider cpu",
         )
     return engine
+
+
+def run_engine(engine: Any, binding: Any) -> None:
+    """One call of the engine; a lack of memory is the machine's."""
+    try:
+        engine.run_with_iobinding(binding)
+    except Exception as error:
+        if "allocate" not in str(error):
+            raise
+        raise MachineError(
+            "not enough memory for this step", got=first_line(error), fix="shorter prompts or a smaller --batch-size"
+        ) from error
 
 
 def import_onnxruntime(provider: str) -> Any:

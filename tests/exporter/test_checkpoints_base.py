@@ -183,7 +183,7 @@ def test_no_folder_and_no_weights(tmp_path: Path, copied: Path) -> None:
     with pytest.raises(ExportError, match="holds no weights"):
         describe_base(str(copied))
     (copied / "config.json").unlink()
-    with pytest.raises(ExportError, match="config.json: cannot be opened"):
+    with pytest.raises(ExportError, match=r"config.json: cannot be opened"):
         describe_base(str(copied))
 
 
@@ -222,7 +222,7 @@ def test_hub_ids_come_from_the_cache(tmp_path: Path, base: Path, cached: str) ->
 
 
 def test_a_hub_id_that_is_not_here_says_what_to_do(cached: str) -> None:
-    with pytest.raises(UserError, match="not in the hub cache and could not be fetched.*give its folder") as caught:
+    with pytest.raises(UserError, match=r"not in the hub cache and could not be fetched.*give its folder") as caught:
         describe_base("acme/other")
     assert caught.value.exit_code == 3
 
@@ -247,7 +247,7 @@ def test_changed_missing_and_added_sources_are_refused(tmp_path: Path, base: Pat
     recorded = source_files(read(lora), describe_base(str(base)))
     compare_sources(recorded, recorded)
     edit_tensors(lora / "adapter_model.safetensors", lambda t: next(iter(t.values())).add_(1))
-    with pytest.raises(UserError, match="adapter_model.safetensors of expert:lora is not the file") as caught:
+    with pytest.raises(UserError, match=r"adapter_model.safetensors of expert:lora is not the file") as caught:
         compare_sources(recorded, source_files(read(lora), describe_base(str(base))))
     assert caught.value.code == "E_DIGEST"
     with pytest.raises(UserError, match="no such file"):

@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import filelock
@@ -26,6 +27,30 @@ def put(out: Path, seed: int = 0, *, overwrite: bool = False) -> Bundle:
     with stage(out, overwrite=overwrite) as made:
         write_files(made.folder, bundle_files(seed))
         return publish(made, make_manifest(), {"seconds": 1.5, "log": Path("x")})
+
+
+def put_with(out: Path, spoil: Callable[[Path], object], *, overwrite: bool = False) -> Bundle:
+    """Publish a toy bundle after something was done to its stage."""
+    with stage(out, overwrite=overwrite) as made:
+        write_files(made.folder, bundle_files())
+        spoil(made.folder)
+        return publish(made, make_manifest())
+
+
+def failing(error: BaseException) -> Callable[[Path], object]:
+    """Something that raises in the middle of a build."""
+
+    def fail(folder: Path) -> None:
+        raise error
+
+    return fail
+
+
+def put_file(path: Path) -> None:
+    if path.is_dir():  # a file in a folder's place
+        shutil.rmtree(path)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"x")
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -74,19 +99,16 @@ def test_an_unpublished_stage_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt(), InputError("bad")])
 def test_an_error_inside_removes_the_stage_and_stays_itself(tmp_path: Path, error: BaseException) -> None:
-    with pytest.raises(type(error)) as caught, stage(tmp_path / "toy") as made:
-        write_files(made.folder, bundle_files())
-        raise error
+    with pytest.raises(type(error)) as caught:
+        put_with(tmp_path / "toy", failing(error))
     assert caught.value is error
     assert os.listdir(tmp_path) == [".toy.lock"]
 
 
 def test_an_os_error_inside_is_the_machines_fault(tmp_path: Path) -> None:
-    with pytest.raises(
-        MachineError, match=r"No space left on device; nothing was published\. Fix: free some"
-    ) as caught:
-        with stage(tmp_path / "toy"):
-            raise OSError(28, "No space left on device")
+    full = OSError(28, "No space left on device")
+    with pytest.raises(MachineError, match=r"No space left on device; nothing was published\. Fix: free") as caught:
+        put_with(tmp_path / "toy", failing(full))
     assert (caught.value.code, caught.value.exit_code) == ("E_DISK", 3)
     assert os.listdir(tmp_path) == [".toy.lock"]
 
@@ -120,6 +142,27 @@ def test_a_reader_of_the_old_bundle_keeps_its_open_files(tmp_path: Path) -> None
         old.file("dynamic.onnx")
 
 
+def test_readers_meanwhile_see_the_old_bundle_or_the_new_one(tmp_path: Path) -> None:
+    digests = {put(tmp_path / "toy", seed=seed, overwrite=True).digest for seed in (0, 1)}
+    seen, codes, stop = set[str](), set[str](), threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                seen.add(open_bundle(tmp_path / "toy").digest)
+            except UserError as error:
+                codes.add(error.code)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    for round_ in range(30):
+        put(tmp_path / "toy", seed=round_ % 2, overwrite=True)
+    stop.set()
+    thread.join()
+    assert seen == digests
+    assert codes <= {"E_MISSING"}  # the old folder was removed under its reader
+
+
 def test_a_damaged_bundle_may_be_overwritten(tmp_path: Path) -> None:
     put(tmp_path / "toy")
     (tmp_path / "toy/dynamic.onnx").write_bytes(b"damaged")
@@ -150,10 +193,8 @@ def test_what_is_not_only_a_bundle_is_never_overwritten(tmp_path: Path, make: ob
 
 
 def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="never overwritten"), stage(tmp_path / "toy", overwrite=True) as made:
-        write_files(made.folder, bundle_files())
-        (tmp_path / "toy").mkdir()
-        publish(made, make_manifest())
+    with pytest.raises(ExportError, match="never overwritten"):
+        put_with(tmp_path / "toy", lambda folder: (tmp_path / "toy").mkdir(), overwrite=True)
     assert os.listdir(tmp_path / "toy") == []
 
 
@@ -184,41 +225,46 @@ def test_the_current_folder_is_no_target(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_too_small_a_disk_is_known_before_work(tmp_path: Path) -> None:
-    with pytest.raises(MachineError, match=r"too little free disk space.*got \d+ MB; need about \d+ MB") as caught:
-        with stage(tmp_path / "toy", estimate_bytes=1 << 60):
-            pytest.fail("no work may begin")
+    text = r"too little free disk space.*got \d+ MB; need about \d+ MB"
+    with pytest.raises(MachineError, match=text) as caught, stage(tmp_path / "toy", estimate_bytes=1 << 60):
+        pytest.fail("no work may begin")
     assert caught.value.code == "E_DISK"
     with stage(tmp_path / "toy", estimate_bytes=1000):
         pass
 
 
-@pytest.mark.parametrize("path", ["notes.txt", "model.onnx.data", "deeper/x.onnx", "plugins/evil.so", "weights"])
+@pytest.mark.parametrize(
+    "path",
+    ["notes.txt", "build.json", "manifest.json", "model.onnx.data", "deeper/x.onnx", "plugins/evil.so", "weights"],
+)
 def test_a_file_outside_the_layout_is_not_published(tmp_path: Path, path: str) -> None:
-    with pytest.raises(ExportError, match="the bundle's layout has no place for"), stage(tmp_path / "toy") as made:
-        write_files(made.folder, {path: b"x"})
-        publish(made, make_manifest())
+    with pytest.raises(ExportError, match="the bundle's layout has no place for"):
+        put_with(tmp_path / "toy", lambda folder: put_file(folder / path))
     assert os.listdir(tmp_path) == [".toy.lock"]
 
 
 def test_a_link_in_the_stage_is_not_published(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is a symbolic link"), stage(tmp_path / "toy") as made:
-        write_files(made.folder, bundle_files())
-        (made.folder / "weights/more").symlink_to("/etc/passwd")
-        publish(made, make_manifest())
+    with pytest.raises(InputError, match="is a symbolic link"):
+        put_with(tmp_path / "toy", lambda folder: (folder / "weights/more").symlink_to("/etc/passwd"))
     assert os.listdir(tmp_path) == [".toy.lock"]
 
 
 def test_an_inconsistent_manifest_is_not_published(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is not a listed graph called static.onnx"), stage(tmp_path / "toy") as made:
-        write_files(made.folder, {path: data for path, data in bundle_files().items() if path != "static.onnx"})
-        publish(made, make_manifest())
+    with pytest.raises(InputError, match=r"is not a listed graph called static\.onnx"):
+        put_with(tmp_path / "toy", lambda folder: (folder / "static.onnx").unlink())
     assert os.listdir(tmp_path) == [".toy.lock"]
 
 
 def test_unsound_weights_are_not_published(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="safetensors header"), stage(tmp_path / "toy") as made:
-        write_files(made.folder, bundle_files() | {"weights/base.safetensors": b"garbage garbage"})
-        publish(made, make_manifest())
+    with pytest.raises(InputError, match="safetensors header"):
+        put_with(tmp_path / "toy", lambda folder: (folder / "weights/base.safetensors").write_bytes(b"garbage" * 9))
+    assert os.listdir(tmp_path) == [".toy.lock"]
+
+
+def test_a_bad_file_name_is_not_published(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="the file name 'golden/a b' each part must be letters") as caught:
+        put_with(tmp_path / "toy", lambda folder: (folder / "golden/a b").write_bytes(b"x"))
+    assert caught.value.code == "E_PATH"
 
 
 def stale(parent: Path, kind: str, owner: str) -> Path:
@@ -277,17 +323,20 @@ def test_a_second_builder_waits_and_then_finds_the_bundle(tmp_path: Path, caplog
 
 
 def test_waiting_has_an_end(tmp_path: Path) -> None:
-    with stage(tmp_path / "toy"):
-        with pytest.raises(MachineError, match="another build holds this target") as caught:
-            with stage(tmp_path / "toy", wait_seconds=0.05):
-                pass
-        assert caught.value.code == "E_LOCK"
+    second = stage(tmp_path / "toy", wait_seconds=0.05)
+    with (
+        stage(tmp_path / "toy"),
+        pytest.raises(MachineError, match="another build holds this target") as caught,
+        second,
+    ):
+        pytest.fail("the first builder still holds the target")
+    assert caught.value.code == "E_LOCK"
 
 
 @pytest.mark.parametrize("fails", [filelock.SoftFileLock, None])
 def test_a_disk_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: type | None) -> None:
-    class NoLock(filelock.FileLock):  # type: ignore[misc, valid-type]
-        def acquire(self, *args: object, **kwargs: object) -> None:
+    class NoLock(filelock.FileLock):
+        def acquire(self, *args: object, **kwargs: object) -> None:  # type: ignore[override]
             raise NotImplementedError
 
     monkeypatch.setattr(publishing, "FileLock", fails or NoLock)

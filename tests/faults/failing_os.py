@@ -1,4 +1,4 @@
-"""Makes the Nth file operation fail, or kills the process there: SQLite's loop, over what publishing asks of the disk."""
+"""Makes the Nth file operation fail, or kills the process there: SQLite's loop, over all that publishing does."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def counted(counter: Counter, *, removals: bool = False, exchange: bool = True) 
     def open_(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
         if flags & _WRITES:
             counter.count("open")
-        return plain["open"](path, flags, *args, **kwargs)
+        fd: int = plain["open"](path, flags, *args, **kwargs)
+        return fd
 
     def renameat2_(old: Path, new: Path, flags: int) -> bool:
         if not exchange:
@@ -80,5 +81,3 @@ def raise_error(code: int) -> Callable[[str], None]:
 def kill_self(name: str) -> None:
     """End at once, as by kill -9 or the machine's OOM killer."""
     os.kill(os.getpid(), signal.SIGKILL)
-
-

@@ -1,6 +1,6 @@
-"""Builders as child processes, killed and raced. Runs alone: `python -m tests.faults.publish_driver TASK …`, prints JSON.
+"""Builders as child processes, killed and raced: `python -m tests.faults.publish_driver TASK FOLDER COUNT`.
 
-A process of its own, with one thread, so that it may fork safely.
+Prints JSON. A process of its own, with one thread, so that it may fork safely.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def race(folder: Path, rounds: int) -> dict[str, int]:
     result = {"rounds": rounds, "winners": 0, "losers": 0, "killed": 0, "empty": 0}
     for number in range(rounds):
         out = folder / f"toy{number}"
-        pids = [spawn(lambda s=seed: build(out, s, overwrite=False)) for seed in range(8)]  # type: ignore[misc]
+        pids = [spawn(lambda o=out, s=seed: build(o, s, overwrite=False)) for seed in range(8)]  # type: ignore[misc]
         for pid in rng.sample(pids, 3):
             time.sleep(rng.uniform(0, 0.02))
             os.kill(pid, signal.SIGKILL)

@@ -36,12 +36,11 @@ def changed(path: Path, data: bytes) -> Iterator[None]:
 
 
 def slips(folder: Path) -> bool:
-    """Whether a damaged bundle opens; anything but a refusal with E_DIGEST fails the test."""
+    """Whether a damaged bundle opens, or is refused for another reason than its digests."""
     try:
         open_bundle(folder)
     except InputError as error:
-        assert error.code == "E_DIGEST", error
-        return False
+        return error.code != "E_DIGEST"
     return True
 
 

@@ -106,6 +106,22 @@ def test_a_nul_in_the_path_is_bad_input_not_a_crash() -> None:
     refusal(Path("a\0b"), "E_BUNDLE", "no such folder")
 
 
+def test_a_folder_that_may_not_be_looked_into_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *, strict: bool) -> Path:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "resolve", refuse)
+    refusal(tmp_path, "E_BUNDLE", "no permission to look into it")
+
+
+def test_a_bundle_that_was_removed_is_no_crash(bundle: Bundle, tmp_path: Path) -> None:
+    bundle.root.rename(tmp_path / "elsewhere")
+    for give in (bundle.file, bundle.read):
+        with pytest.raises(MachineError, match="cannot open the folder: No such file or directory") as caught:
+            give("dynamic.onnx")
+        assert caught.value.code == "E_READ"
+
+
 def test_a_missing_file_is_named(bundle: Bundle) -> None:
     (bundle.root / "golden/golden.json").unlink()
     refusal(bundle.root, "E_MISSING", "golden/golden.json: the file is missing")

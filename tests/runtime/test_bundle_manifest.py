@@ -22,7 +22,8 @@ Value = dict[str, Any]
 
 def value() -> Value:
     """A good manifest as plain JSON, for tests to spoil."""
-    return json.loads(manifest_bytes(make_manifest(artifacts_of(bundle_files()))))
+    manifest: Value = json.loads(manifest_bytes(make_manifest(artifacts_of(bundle_files()))))
+    return manifest
 
 
 def refusal(data: bytes, code: str, text: str) -> InputError:
@@ -62,7 +63,7 @@ def test_a_manifest_is_written_one_way() -> None:
         (b"[" * 100_000, "is nested too deeply"),
         (b'{"a":' * 100_000, "is nested too deeply"),
         (b"9" * 100_000, "the manifest "),
-        (b" " * (MAX_MANIFEST_BYTES + 1), "has more than 16777216 bytes"),
+        (b" " * (MAX_MANIFEST_BYTES + 1), "has more than 8388608 bytes"),
         (b"[" + b"[]," * 200_000 + b"[]]", "holds more than 250000 values"),
         (b"[]", "has no format_version"),
         (b"7", "has no format_version"),
@@ -203,11 +204,13 @@ def test_too_many_or_too_much_is_refused_unread() -> None:
 
 
 @given(st.binary(max_size=300))
-def test_any_bytes_are_parsed_or_refused(data: bytes) -> None:
+def test_any_bytes_are_parsed_or_refused_in_one_line(data: bytes) -> None:
+    text = ""
     try:
         strict_json.parse(data, max_bytes=200)
     except ValueError as error:
-        assert "\n" not in str(error)
+        text = str(error)
+    assert "\n" not in text
 
 
 @given(
@@ -241,5 +244,5 @@ def test_good_paths(path: str) -> None:
 def test_manifests_are_frozen() -> None:
     manifest = make_manifest()
     with pytest.raises(ValueError, match="frozen"):
-        manifest.name = "other"  # type: ignore[misc]
+        manifest.name = "other"
     assert isinstance(manifest, Manifest)

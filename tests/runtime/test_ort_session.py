@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.backends.ort import OrtSession
+from runtime.backends.ort import OrtSession, float32_copy, is_finite, run_engine
 from runtime.caches import GRAIN, capacity_for
 from runtime.errors import InputError, MachineError, NumericError
 from runtime.rows import Rows, StepResult
@@ -86,6 +86,16 @@ def test_rows_of_unequal_length_equal_each_alone(session: OrtSession) -> None:
             got = result.logits[row, : span.stop - span.start]
             np.testing.assert_allclose(got, want[row][span], atol=TOLERANCE)
     assert session.lengths.tolist() == [0, *[sum(parts) for parts in lengths], 0]
+
+
+def test_slots_fed_in_turn_stay_apart(session: OrtSession) -> None:
+    rows = [(ids_for(8, seed), scalings_for(8, seed)) for seed in (1, 2, 3)]
+    want = [reference(SHAPE, tiny_weights(SHAPE), ids, scale)[0] for ids, scale in rows]
+    session.allocate(3)
+    for at in range(8):
+        for slot, (ids, scale) in enumerate(rows):
+            result = feed(session, [ids[at : at + 1]], [scale[at : at + 1]], slot)
+            np.testing.assert_allclose(result.logits[0, 0], want[slot][at], atol=TOLERANCE)
 
 
 def test_growth_keeps_every_entry(session: OrtSession) -> None:
@@ -178,6 +188,8 @@ def test_too_many_positions_are_refused_before_the_step(session: OrtSession) -> 
     assert session.lengths.tolist() == [198, 2]
     feed(session, [ids_for(2), ids_for(1)], [scalings_for(2), scalings_for(1)])  # exactly full, the other row padded
     assert session.lengths.tolist() == [200, 3]
+    feed(session, [[], ids_for(4)], [scalings_for(0), scalings_for(4)])  # a full row rides along as padding
+    assert session.lengths.tolist() == [200, 7]
 
 
 def test_nan_fails_its_rows_and_leaves_all_slots_as_they_were(session: OrtSession) -> None:
@@ -197,6 +209,45 @@ def test_nan_fails_its_rows_and_leaves_all_slots_as_they_were(session: OrtSessio
     result = feed(session, [ids[4:], [3]], [scale[4:], scalings_for(1)])
     np.testing.assert_allclose(result.logits[0], want[4:], atol=TOLERANCE)
     assert np.isfinite(result.logits[1, 0]).all()
+
+
+@pytest.mark.parametrize("real", [0, 3])
+def test_nan_of_a_wide_step_does_not_linger_past_the_length(session: OrtSession, real: int) -> None:
+    """Masked entries still meet a product with 0, and 0 times NaN is NaN. Real or padding, it must be gone."""
+    ids, scale = ids_for(6), scalings_for(6)
+    session.allocate(1)
+    feed(session, [ids[:4]], [scale[:4]])
+    bad = np.full((1, 3, SHAPE.blocks, SHAPE.experts), np.nan, np.float32)
+    rows = Rows(np.ones((1, 3), np.int64), np.array([real]), slice(0, 1), bad, np.array([[0]]))
+    if real:
+        with pytest.raises(NumericError):
+            session.step(rows)
+    else:
+        session.step(rows)
+    want = reference(SHAPE, tiny_weights(SHAPE), ids, scale)[0]
+    np.testing.assert_allclose(feed(session, [ids[4:5]], [scale[4:5]]).logits[0], want[4:5], atol=TOLERANCE)
+
+
+def test_half_and_bfloat16_results_come_as_float32() -> None:
+    values = np.float32([1.5, -2.0, np.inf])
+    bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+    for array in (values, values.astype(np.float16), bits):
+        got = float32_copy(array)
+        assert got.dtype == np.float32
+        assert got.tolist() == values.tolist()
+    assert not is_finite(bits)
+    assert is_finite(bits[:2])
+
+
+@pytest.mark.parametrize("text", ["Failed to allocate memory for requested buffer of size 99", "something else"])
+def test_a_lack_of_memory_is_the_machines_fault(text: str) -> None:
+    class Engine:
+        def run_with_iobinding(self, binding: object) -> None:
+            raise RuntimeError(text)
+
+    error = MachineError if "allocate" in text else RuntimeError
+    with pytest.raises(error, match=text):
+        run_engine(Engine(), None)
 
 
 def test_nan_without_logits_is_seen_in_the_gate(session: OrtSession) -> None:

@@ -1,0 +1,203 @@
+"""Whole builds of tiny checkpoints: a base no parameter of which is trivial, experts on every kind of site, a gate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from exporter.adapters import AdapterSet, Expert
+from exporter.build_bundle import Inputs, Parts, build, load_parts, make_verification
+from exporter.checkpoints import describe_base, read_adapters
+from exporter.reference import Reference
+from exporter.spec import AdapterSource, BuildSpec, CacheChoice
+from exporter.verify import Extent, Scenario, report_from_measures, verify_graph
+from runtime.backends import open_session
+from runtime.bundle import Bundle
+from runtime.manifest import Check, GraphInfo, TopkSoftmax, VerifyLevel, VerifyReport
+from runtime.session import SessionSettings
+from tests.exporter.checkpoint_makers import edit_tensors, write_base, write_lora
+
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+FUSED = {"phi3": (("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj")), "gpt2": (("c_attn",), ("c_fc",))}
+
+
+def write_lively_base(folder: Path, family: str = "llama", *, seed: int = 0, **sizes: Any) -> Path:
+    """A base whose norms are not one and whose biases are not zero, so that losing one shows."""
+    write_base(folder, family, seed=seed, **sizes)
+    generator = torch.Generator().manual_seed(seed)
+
+    def enliven(tensors: dict[str, torch.Tensor]) -> None:
+        for name in sorted(tensors):
+            if tensors[name].dim() == 1:
+                tensors[name] = tensors[name] + 0.3 * torch.randn(tensors[name].shape, generator=generator)
+
+    edit_tensors(folder / "model.safetensors", enliven)
+    return folder
+
+
+def write_three_experts(folder: Path, base: Path, family: str = "llama", *, ends: bool = True) -> dict[str, Path]:
+    """Experts of ranks 2, 3, 4: attention; attention and MLP; MLP and (with `ends`) embedding and lm_head."""
+    attention, mlp = FUSED.get(family, (ATTENTION, MLP))
+    targets = {
+        "math": attention,
+        "code": (attention[0], *mlp),
+        "prose": (*mlp, "embed_tokens", "lm_head") if ends else mlp,
+    }
+    return {
+        name: write_lora(folder / name, base, modules, 2 + index, alpha=6 + index, seed=20 + index)
+        for index, (name, modules) in enumerate(targets.items())
+    }
+
+
+def write_gate(folder: Path, base: Path, experts: Mapping[str, Path], *, sites: int = 1, **config: Any) -> Path:
+    """A gate in PEFT's layout written by hand, for PEFT itself refuses experts on lm_head; `sites` > 1: layerwise."""
+    folder.mkdir(parents=True)
+    hidden = json.loads((base / "config.json").read_text())["hidden_size"]
+    settings: dict[str, Any] = {
+        "peft_type": "XLORA", "peft_version": "0.21.2", "hidden_size": hidden, "xlora_depth": 1, "xlora_size": 16,
+        "xlora_dropout_p": 0.2, "layerwise_scalings": sites > 1, "base_model_name_or_path": str(base),
+        "adapters": {str(column): str(path) for column, path in enumerate(experts.values())},
+    } | config  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    depth = settings["xlora_depth"]
+    widths = [hidden, *[settings["xlora_size"]] * (depth - 1), len(experts) * sites]
+    generator = torch.Generator().manual_seed(5)
+    tensors = {}
+    for index in range(depth):
+        name = f"base_model.internal_xlora_classifier.layers.{3 * index}"
+        tensors[f"{name}.weight"] = torch.randn(widths[index + 1], widths[index], generator=generator) * 0.5
+        tensors[f"{name}.bias"] = torch.randn(widths[index + 1], generator=generator)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def count_sites(experts: Mapping[str, Path]) -> int:
+    """How many modules the experts adapt together."""
+    keys = [key for path in experts.values() for key in load_file(path / "adapter_model.safetensors")]
+    return len({key.split(".lora_")[0] for key in keys if ".lora_" in key})
+
+
+def named_sources(experts: Mapping[str, Path]) -> tuple[AdapterSource, ...]:
+    """NAME=DIR of plain LoRA folders."""
+    return tuple(AdapterSource(path, name) for name, path in experts.items())
+
+
+# Windows (8) are shorter than what is tested, softcaps small enough to matter, and every gate rule has a family.
+SIZES: dict[str, dict[str, Any]] = {"gemma2": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}}
+GATES: dict[str, dict[str, Any]] = {
+    "llama": {"xlora_depth": 2, "softmax_temperature": 0.8},
+    "mistral": {"top_k_lora": 2},
+    "qwen2": {"layerwise_scalings": False},
+    "qwen3": {"enable_softmax": False, "top_k_lora": 2, "enable_softmax_topk": True},
+    "gemma2": {"global_scaling_weight": 1.5},
+    "phi3": {"scaling_pass_value": 0.3},
+}
+FAMILIES = tuple(GATES)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Folders of one tiny checkpoint."""
+
+    base: Path
+    xlora: Path
+
+    def spec(self, **settings: Any) -> BuildSpec:
+        """A quick build of it."""
+        source = AdapterSource(self.xlora)
+        return replace(BuildSpec(adapters=(source,), base=str(self.base), verify=VerifyLevel.QUICK), **settings)
+
+    def parts(self) -> Parts:
+        """What a build loads of it, freshly."""
+        return load(self.base, AdapterSource(self.xlora))
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A checkpoint and the bundle made of it."""
+
+    checkpoint: Checkpoint
+    bundle: Bundle
+
+
+def write_checkpoint(folder: Path, family: str = "llama", **sizes: Any) -> Checkpoint:
+    """Three experts on every kind of site of a family, and the gate of GATES."""
+    base = write_lively_base(folder / "base", family, **SIZES.get(family, {}) | sizes)
+    experts = write_three_experts(folder / "experts", base, family)
+    gate = GATES[family]
+    sites = count_sites(experts) if gate.get("layerwise_scalings", True) else 1
+    return Checkpoint(base, write_gate(folder / "xlora", base, experts, sites=sites, **gate))
+
+
+def build_family(folder: Path, family: str, **settings: Any) -> Built:
+    """Write a checkpoint under `folder` and build it."""
+    checkpoint = write_checkpoint(folder, family)
+    return Built(checkpoint, build(checkpoint.spec(out=folder / "bundle", **settings)))
+
+
+def load(base: Path, *sources: AdapterSource, gate: Path | None = None, topk: TopkSoftmax | None = None) -> Parts:
+    """What a build loads of these folders."""
+    cache = CacheChoice.NONE if topk is TopkSoftmax.FLATTENED else CacheChoice.KV
+    adapters = read_adapters(sources, gate, topk_softmax=topk, cache=cache)
+    return load_parts(Inputs(adapters, describe_base(str(base)), ()))
+
+
+def reference_of(parts: Parts, adapters: AdapterSet | None = None) -> Reference:
+    """The oracle of these parts."""
+    return Reference(parts.model, adapters or parts.inputs.adapters, parts.kinds)
+
+
+def without_expert(adapters: AdapterSet, column: int) -> AdapterSet:
+    """The set with one expert emptied; its column stays."""
+    experts = [
+        Expert(expert.name, {} if e == column else expert.deltas, expert.key, expert.folder)
+        for e, expert in enumerate(adapters.experts)
+    ]
+    return AdapterSet(tuple(experts), adapters.gate)
+
+
+def measured(
+    parts: Parts, graph: GraphInfo, folder: Path, *, new_tokens: int = 6, scenarios: Sequence[Scenario] = ()
+) -> VerifyReport:
+    """Stage A of one graph in `folder`, over few and short prompts, as a report; nothing is raised."""
+    verification = make_verification(parts, BuildSpec(verify=VerifyLevel.QUICK), None)
+    session = open_session("ort", folder / graph.path, graph.signature, SessionSettings(verification.max_positions))
+    try:
+        prompts = [prompt(length, seed=length) for length in (3, 21, 14, 9)]
+        chosen = scenarios or verification.scenarios(graph)[:1]
+        measures = verify_graph(session, chosen, prompts, Extent(len(prompts), 21, new_tokens))
+        return report_from_measures(measures, graph.name, VerifyLevel.QUICK, "A", "not needed (fp32)")
+    finally:
+        session.close()
+
+
+def failed(report: VerifyReport) -> dict[str, Check]:
+    """The checks that failed, by name."""
+    return {check.name: check for check in report.checks if not check.passed}
+
+
+def assert_wide_margin(checks: Sequence[Check]) -> None:
+    """A right export lies far below every limit: where a limit is near the noise, a bug next to it is not seen."""
+    for check in checks:
+        assert check.value * (4 if check.name == "gate" else 100) <= check.limit, shown(checks)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    """Seeded token ids."""
+    return torch.randint(0, 64, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def difference(a: Any, b: Any) -> float:
+    """The largest absolute difference."""
+    return float((torch.as_tensor(a) - torch.as_tensor(b)).abs().max())
+
+
+def shown(checks: Sequence[Any]) -> str:
+    """Checks as one readable line, for assertion messages."""
+    return "; ".join(f"{check.name} {check.value:.3g}/{check.limit:g} {check.where}" for check in checks)
