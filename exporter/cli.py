@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -25,8 +24,6 @@ BUG, INTERRUPTED = 4, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 done, 2 bad input, 3 the machine lacks something, 4 a defect, 130 Ctrl-C."""
     args = parser().parse_args(argv)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(level=logging.ERROR if args.quiet else logging.WARNING, format="%(message)s")
     try:
         return {"inspect": inspect, "build": build, "verify": verify}[args.command](args)
@@ -120,6 +117,7 @@ def build(args: argparse.Namespace) -> int:
     with shown_stages(quiet=args.quiet) as clock:
         from exporter.build_bundle import build as build_bundle
 
+        _silence_transformers()
         bundle = build_bundle(spec, clock)
     if not args.quiet:
         _print_bundle(bundle, clock)
@@ -133,12 +131,21 @@ def verify(args: argparse.Namespace) -> int:
 
     sources = None
     if args.adapters or args.base or args.gate:
+        _silence_transformers()
         sources = BuildSpec(tuple(args.adapters), args.base, args.gate, verify=args.verify, threads=args.threads)
     results = verify_bundle(args.bundle, sources, threads=args.threads)
     for result in results:
         print(f"graph {result.graph} against its {result.against}:")
         print("\n".join(_check_line(check) for check in result.checks))
     return 0
+
+
+def _silence_transformers() -> None:
+    """Its progress bars would break ours, and its warnings are about other uses of a model."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
 
 
 def _build_spec(args: argparse.Namespace) -> BuildSpec:

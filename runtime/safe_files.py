@@ -143,7 +143,7 @@ class Tree:
             while left and (count := os.readv(fd, [buffer[:left]])):
                 sha.update(buffer[:count])
                 left -= count
-            if left or FileId.from_stat(os.fstat(fd)) != FileId.from_stat(info):
+            if FileId.from_stat(os.fstat(fd)) != FileId.from_stat(info):
                 raise InputError("the file changed while it was read", where=self.where(path), code="E_DIGEST")
             return sha.hexdigest(), FileId.from_stat(info)
 

