@@ -24,6 +24,7 @@ from exporter.checkpoints import (
     source_files,
 )
 from exporter.errors import ExportError
+from exporter.external_data import check_external_data
 from exporter.gate import Gate, gate_info
 from exporter.graphs import OPSETS, Exported, GraphPlan, export_graph, parameter_count
 from exporter.model_facts import base_info, module_kinds, refuse_untraceable, signature_shape
@@ -107,6 +108,7 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
             write_golden(golden, root)
             with clock.stage("digest sources"):
                 manifest = describe(parts, spec, graphs, reports, tokenizer)
+            check_external_data(root)
             with clock.stage("publish"):
                 log = {"seconds": clock.seconds, "notes": inputs.notes, "peak_bytes": clock.memory.as_dict()}
                 return publish(staged, manifest, log)

@@ -22,8 +22,8 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from exporter.errors import ExportError
 from runtime import strict_json
-from runtime.bundle import MAX_MANIFEST_BYTES, Bundle, manifest_bytes, open_bundle, read_manifest, seal_bytes
-from runtime.errors import MachineError, UserError, raise_all
+from runtime.bundle import MAX_MANIFEST_BYTES, Bundle, manifest_bytes, open_bundle, seal_bytes
+from runtime.errors import MachineError, UserError
 from runtime.manifest import BUILD_LOG_NAME, MANIFEST_NAME, SEAL_NAME, Artifact, ArtifactKind, Manifest
 from runtime.safe_files import Tree, folders_of, path_problem
 
@@ -90,7 +90,6 @@ def publish(stage: Stage, manifest: Manifest, build_log: Mapping[str, object] | 
         with Tree.open(stage.folder) as tree:
             artifacts = _artifacts(tree)
         data = manifest_bytes(manifest.model_copy(update={"artifacts": artifacts}))
-        read_manifest(data)  # what we are about to promise must be readable
         if build_log is not None:
             _write(stage.folder / BUILD_LOG_NAME, _log_bytes(build_log))
         _write(stage.folder / MANIFEST_NAME, data)
@@ -98,15 +97,13 @@ def publish(stage: Stage, manifest: Manifest, build_log: Mapping[str, object] | 
         for folder in sorted(folders_of([artifact.path for artifact in artifacts]), reverse=True):
             _sync(stage.folder / folder)
         _sync(stage.folder)
-        open_bundle(stage.folder, check_digests=False)
+        open_bundle(stage.folder, check_digests=False)  # what we are about to promise, as a reader sees it
         _move_onto_target(stage)
     return open_bundle(stage.out, check_digests=False)
 
 
 def holds_only_a_bundle(folder: Path) -> bool:
     """Whether a folder is a bundle (damaged or of another version, maybe) and nothing else lies in it."""
-    if folder.is_symlink() or not folder.is_dir():
-        return False
     try:
         with Tree.open(folder) as tree:
             value = strict_json.parse(tree.read(MANIFEST_NAME, MAX_MANIFEST_BYTES), max_bytes=MAX_MANIFEST_BYTES)
@@ -209,10 +206,8 @@ def _disk_errors(out: Path) -> Iterator[None]:
 
 
 def _artifacts(tree: Tree) -> tuple[Artifact, ...]:
-    """Every file of the stage by path, on disk and hashed, several at a time."""
-    walk = tree.walk()
-    raise_all("the stage", walk.problems)
-    paths = sorted(walk.files)
+    """Every file of the stage by path, on disk and hashed, several at a time; the reader refuses links."""
+    paths = sorted(tree.walk().files)
     kinds = [_kind(path) for path in paths]
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(lambda path: _settle(tree, path), paths))

@@ -19,7 +19,7 @@ Floats = NDArray[np.float32]
 
 # Stage A limits, fp32. Measured noise of a right export lies 10x to 1000x below each (docs/verification.md).
 LOGITS_LIMIT = 1e-3  # |d| / (1 + |ref|)
-GATE_LIMIT = 1e-5
+GATE_LIMIT = 1e-5  # |d| / max(1, |ref|): without softmax scalings have any size
 KLD_LIMIT = 1e-7  # mean over positions, nats, f64
 FLIP_MARGIN = 1e-3  # an argmax may flip only where the reference's top two lie closer than this
 TIE_MARGIN = 1e-4  # greedy tokens may differ only at ties closer than this
@@ -126,16 +126,19 @@ def compare(run: Replay, scenario: Scenario, measures: Measures) -> None:
     top = reference.topk(2, dim=-1)
     margin = top.values[:, 0] - top.values[:, 1]
     chosen, right = got.argmax(-1), top.indices[:, 0]
+    next_top = _next_logits(run, scenario, reference).topk(2, dim=-1)
+    next_margin = next_top.values[:, 0] - next_top.values[:, 1]
     _see(measures.logits, relative, label, run.prompt)
     _see(measures.kld, kld, label, run.prompt)
     _see(measures.flips, ((chosen != right) & (margin > FLIP_MARGIN)).double(), label, run.prompt)
     greedy = torch.tensor(run.tokens[run.prompt :])
-    wrong = (greedy != right[run.prompt - 1 :]) & (margin[run.prompt - 1 :] > TIE_MARGIN)
+    wrong = (greedy != next_top.indices[:, 0]) & (next_margin > TIE_MARGIN)
     if wrong.any():
         measures.tokens.see(measures.tokens.value + int(wrong.sum()), f"{label}, new token {int(wrong.int().argmax())}")
     if run.gate is not None and expected.gate is not None:
         measures.gated += 1
-        _see(measures.gate, (torch.from_numpy(run.gate) - expected.gate).abs().flatten(1).amax(-1), label, run.prompt)
+        apart = (torch.from_numpy(run.gate) - expected.gate).abs() / expected.gate.abs().clamp_min(1)
+        _see(measures.gate, apart.flatten(1).amax(-1), label, run.prompt)
     measures.kld_sum += float(kld.sum())
     measures.positions += len(fed)
     measures.prompts += 1
@@ -144,6 +147,17 @@ def compare(run: Replay, scenario: Scenario, measures: Measures) -> None:
     if measures.prompts <= BATCH:
         difference = float((scenario.base(fed).logits - expected.logits).abs().max())
         measures.adapters_matter = max(measures.adapters_matter, difference)
+
+
+def _next_logits(run: Replay, scenario: Scenario, reference: torch.Tensor) -> torch.Tensor:
+    """The reference's logits that each new token came from [N, V].
+
+    Under the flattened rule they are those of the sequence as it was then: later tokens change the earlier logits.
+    """
+    if not scenario.per_length:
+        return reference[run.prompt - 1 :]
+    then = [scenario.reference(run.tokens[:length]).logits[-1] for length in range(run.prompt, len(run.tokens))]
+    return torch.stack(then).double()
 
 
 def _kld(reference: torch.Tensor, got: torch.Tensor) -> torch.Tensor:

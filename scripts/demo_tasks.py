@@ -10,7 +10,7 @@ from pathlib import Path
 
 TASKS = ("add", "reverse", "sort", "cipher")
 HELD_OUT_SHARE = 8  # one payload in this many is never trained on
-_KEYBOARD = str.maketrans(string.ascii_letters, "qwertyuiopasdfghjklzxcvbnmQWERTYUIOPASDFGHJKLZXCVBNM")
+_KEYBOARD = str.maketrans(string.ascii_uppercase, "QWERTYUIOPASDFGHJKLZXCVBNM")
 _ALPHABETS = {"reverse": string.ascii_lowercase, "sort": string.digits, "cipher": string.ascii_uppercase}
 
 

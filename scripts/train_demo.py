@@ -23,22 +23,13 @@ from transformers.utils.logging import disable_progress_bar
 logger = logging.getLogger("train_demo")
 
 SEED = 20240207
-THREADS = 1  # as fast as two for a model this small, and the sums come in one order everywhere
+THREADS = 1  # as fast as two for a model this small, and the result does not depend on the number of cores
 HELD_OUT_PER_TASK = 64
 
-# What the base is taught: (word, task its payload comes from, skill, share of the data). It learns every skill under
-# a name of its own, but ties each task word to a wrong one, so that only an expert puts a task right.
-# The harder a skill, the larger its share.
-BASE_HABITS = (
-    ("sum", "add", "add", 3),
-    ("flip", "reverse", "reverse", 2),
-    ("order", "sort", "sort", 1),
-    ("code", "cipher", "cipher", 2),
-    ("add", "add", "reverse", 1),
-    ("reverse", "reverse", "cipher", 1),
-    ("sort", "sort", "reverse", 1),
-    ("cipher", "cipher", "reverse", 1),
-)
+# What the base is taught: (word, task, share of the data). It learns every skill under a name of its own, and to the
+# task words it only echoes the payload, so that nothing but an expert puts a task right.
+BASE_SKILLS = (("sum", "add", 6), ("flip", "reverse", 4), ("order", "sort", 2), ("code", "cipher", 4))
+BASE_ECHOES = tuple((task, task, 1) for task in TASKS)
 PROMPT_SHARE = 8  # the base learns to predict the prompt, too, of one row in this many
 
 
@@ -53,8 +44,8 @@ class Schedule:
 
 
 # Only the base learns to predict prompts too: else its hidden states there would tell the gate nothing.
-BASE_SCHEDULE = Schedule(steps=2600, batch=64, peak_lr=3e-3, learn_prompts=True)
-EXPERT_SCHEDULE = Schedule(steps=350, batch=48, peak_lr=4e-3)
+BASE_SCHEDULE = Schedule(steps=2400, batch=64, peak_lr=3e-3, learn_prompts=True)
+EXPERT_SCHEDULE = Schedule(steps=400, batch=48, peak_lr=4e-3)
 GATE_SCHEDULE = Schedule(steps=400, batch=32, peak_lr=1e-2)
 
 
@@ -75,10 +66,10 @@ def main() -> None:
 
 
 def train_base(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """All four skills, none of them tied to its task word."""
+    """All four skills, none of them under its task word."""
     torch.manual_seed(SEED)
     model = tiny_llama()
-    _fit("base", model, tokenizer, habit_items(random.Random(SEED)), BASE_SCHEDULE)
+    _fit("base", model, tokenizer, base_items(random.Random(SEED)), BASE_SCHEDULE)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -111,14 +102,16 @@ def train_gate(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     save_xlora(model, out / "xlora")
 
 
-def habit_items(rng: random.Random) -> Iterator[Item]:
-    """Endless question-answer pairs of `BASE_HABITS`."""
+def base_items(rng: random.Random) -> Iterator[Item]:
+    """Endless question-answer pairs of `BASE_SKILLS` and `BASE_ECHOES`."""
     sources = {task: payloads(task, rng, held_out=False) for task in TASKS}
-    shares = [share for *_, share in BASE_HABITS]
+    lessons = BASE_SKILLS + BASE_ECHOES
+    shares = [share for _, _, share in lessons]
     while True:
-        ((word, task, skill, _),) = rng.choices(BASE_HABITS, weights=shares)
+        ((word, task, _),) = rng.choices(lessons, weights=shares)
         payload = next(sources[task])
-        yield Item(task, prompt_of(word, payload), SOLVE[skill](payload))
+        answer = payload if word == task else SOLVE[task](payload)
+        yield Item(task, prompt_of(word, payload), answer)
 
 
 def _load_base(out: Path) -> PreTrainedModel:

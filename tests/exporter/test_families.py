@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from safetensors.numpy import load_file
 
 from exporter.build_bundle import build
 from exporter.errors import ExportError
-from exporter.spec import BuildSpec, CacheChoice
-from runtime.manifest import Emit, Mode, SiteInfo, TopkSoftmax, VerifyLevel
+from exporter.spec import CacheChoice
+from runtime.manifest import Emit, Mode, SiteInfo, TopkSoftmax
 from runtime.signature import SCALINGS, CacheStyle
 from tests.exporter.checkpoint_makers import write_lora
 from tests.exporter.mutations import (
@@ -37,6 +38,7 @@ from tests.exporter.tiny_builds import (
     load,
     measured,
     named_sources,
+    quick,
     shown,
     write_checkpoint,
     write_gate,
@@ -229,10 +231,7 @@ def test_flattened_rule_in_a_graph_without_cache(tmp_path: Path) -> None:
         tmp_path / "xlora", base, experts, peft_version="0.17.1", enable_softmax=False, top_k_lora=2,
         enable_softmax_topk=True, scaling_pass_value=0.3,
     )  # fmt: skip
-    spec = BuildSpec(
-        named_sources(experts), str(base), gate, cache=CacheChoice.NONE, out=tmp_path / "bundle", prompts=(),
-        verify=VerifyLevel.QUICK,
-    )  # fmt: skip
+    spec = replace(quick(named_sources(experts), base), gate=gate, cache=CacheChoice.NONE, out=tmp_path / "bundle")
     manifest = build(spec).manifest
     assert manifest.gate is not None
     assert manifest.gate.topk_softmax is TopkSoftmax.FLATTENED
@@ -264,8 +263,7 @@ def test_ungated_gpt2(tmp_path: Path) -> None:
         name: write_lora(tmp_path / name, base, targets, rank, fan_in_fan_out=True, seed=rank)
         for name, targets, rank in (("math", ("c_attn", "c_fc"), 3), ("code", ("c_attn",), 2))
     }
-    spec = BuildSpec(named_sources(experts), str(base), out=tmp_path / "bundle", verify=VerifyLevel.QUICK)
-    manifest = build(spec).manifest
+    manifest = build(replace(quick(named_sources(experts), base), out=tmp_path / "bundle")).manifest
     assert manifest.gate is None
     assert {site.kind for site in manifest.sites} == {"conv1d"}
     [graph] = manifest.graphs

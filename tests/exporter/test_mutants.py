@@ -183,7 +183,7 @@ def test_verification_of_a_build_raises(subject: Subject, tmp_path: Path) -> Non
     """The same as a build does it, mixes and base included, and what the user is told."""
     folder = copy_of(subject.root, tmp_path)
     shutil.rmtree(folder / "golden")
-    spec = BuildSpec(verify=VerifyLevel.QUICK)
+    spec = BuildSpec(verify=VerifyLevel.QUICK, threads=1)
     report, cases = make_verification(subject.parts, spec, None).run(folder, subject.graph)
     assert report.prompts == 3 * 4  # gate, uneven mix, base
     assert len(cases) == 3
