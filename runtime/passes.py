@@ -13,6 +13,8 @@ from runtime.session import Session
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
+CHUNK = 512  # tokens a row in one step
+
 
 class Passes(Protocol):
     """A batch in decoding; each call continues every row by its new tokens."""
@@ -54,6 +56,22 @@ class ExactPasses:
         rows = Rows(tokens, counts, self._scaling_slots, constant(row, tokens), nowhere)
         gate = self._session.step(rows).gate
         return last_logits(self._session, Rows(tokens, counts, self._main_slots, gate, last_index(counts)))
+
+
+class InChunks:
+    """Long prompts a chunk at a time: attention scores [H, S, C + S] would otherwise outgrow memory."""
+
+    def __init__(self, passes: Passes, size: int = CHUNK) -> None:
+        self._passes, self._size = passes, size
+
+    def forward(self, tokens: Ids, counts: Ids) -> Floats:
+        """The same logits as in one go; rows that end in an earlier chunk ride along with count 0."""
+        logits = self._passes.forward(tokens[:, : self._size], np.minimum(counts, self._size))
+        for start in range(self._size, tokens.shape[1], self._size):
+            part = np.clip(counts - start, 0, self._size)
+            new = self._passes.forward(tokens[:, start : start + self._size], part)
+            logits = np.where((part > 0)[:, None], new, logits)
+        return logits
 
 
 class WholeSequence:

@@ -12,8 +12,9 @@ import pytest
 
 from runtime import Completion, GenerateOptions, InputError, Model, NumericError, Sampling, complete, load
 from runtime.generate import generate
-from runtime.passes import ExactPasses
+from runtime.passes import ExactPasses, InChunks
 from runtime.request import FinishReason
+from runtime.routing import routing_for
 from runtime.signature import CacheStyle
 from runtime.text import Text
 from tests.runtime.tiny_bundles import BYTE_SHAPE, END, SCALING_PASS, tiny_bundle
@@ -346,3 +347,16 @@ def test_an_abandoned_stream_leaves_the_model_usable(model: Model) -> None:
     assert tokens(complete(model, PROMPTS, GREEDY)) == want
     with pytest.raises(InputError, match="another generation has begun on this model"):
         next(stream)  # its caches are gone; it must not go on with those of the other
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_prompts_in_chunks_give_the_logits_of_one_go(model: Model, size: int) -> None:
+    """Rows that end in different chunks, some exactly at a border."""
+    counts = np.array([7, 3, 4, 1])
+    ids = np.random.default_rng(3).integers(0, model.vocab_size, (4, 7))
+    row = routing_for(model.manifest, model.graph, None).row
+    assert row is not None
+    whole = ExactPasses(model.session, 4, row).forward(ids, counts)
+    in_chunks = InChunks(ExactPasses(model.session, 4, row), size).forward(ids, counts)
+    np.testing.assert_allclose(in_chunks, whole, atol=1e-5)
+    assert np.abs(whole[0] - whole[1]).max() > 0.1
