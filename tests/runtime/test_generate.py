@@ -358,5 +358,5 @@ def test_prompts_in_chunks_give_the_logits_of_one_go(model: Model, size: int) ->
     assert row is not None
     whole = ExactPasses(model.session, 4, row).forward(ids, counts)
     in_chunks = InChunks(ExactPasses(model.session, 4, row), size).forward(ids, counts)
-    np.testing.assert_allclose(in_chunks, whole, atol=1e-5)
+    np.testing.assert_allclose(in_chunks, whole, atol=1e-4)  # logits up to 14, sums in another order
     assert np.abs(whole[0] - whole[1]).max() > 0.1
