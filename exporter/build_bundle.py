@@ -27,7 +27,7 @@ from exporter.errors import ExportError
 from exporter.external_data import check_external_data
 from exporter.gate import Gate, gate_info
 from exporter.graphs import OPSETS, Exported, GraphPlan, export_graph, parameter_count
-from exporter.model_facts import base_info, module_kinds, refuse_untraceable, signature_shape
+from exporter.model_facts import base_info, module_kinds, refuse_untraceable, signature_shape, untying_notes
 from exporter.publish import publish, stage
 from exporter.reference import Reference
 from exporter.rounding import require_rounded
@@ -125,7 +125,8 @@ def read_inputs(spec: BuildSpec) -> Inputs:
         check_half_range(adapters)
     if spec.mix is not None:
         mix_row(spec.mix, [expert.name for expert in adapters.experts])
-    return Inputs(adapters, base, (*adapters.notes, *base.notes, *notes))
+    touched = {path for expert in adapters.experts for path in expert.deltas}
+    return Inputs(adapters, base, (*adapters.notes, *base.notes, *notes, *untying_notes(base, touched)))
 
 
 def check_spec(spec: BuildSpec) -> None:

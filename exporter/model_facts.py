@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -32,6 +32,17 @@ def module_kinds(base: BaseDescription, model: PreTrainedModel) -> list[tuple[st
         for path, info in base.modules.items()
         if info.kind in known
     ]
+
+
+def untying_notes(base: BaseDescription, touched: Collection[str]) -> tuple[str, ...]:
+    """A line when experts adapt the embedding or the head of a base in which both are one weight."""
+    embeddings = [path for path, info in base.modules.items() if info.kind is ModuleKind.EMBEDDING]
+    ends = (*embeddings[:1], "lm_head")
+    adapted = [path for path in ends if path in touched]
+    if not base.tied_embeddings or not adapted:
+        return ()
+    one, changed = " and ".join(ends), " and ".join(adapted)
+    return (f"{one} share one weight in the base and are untied here: the experts change {changed} only",)
 
 
 def refuse_untraceable(base: BaseDescription, emit: Emit) -> None:

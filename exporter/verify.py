@@ -139,7 +139,7 @@ def compare(run: Replay, scenario: Scenario, measures: Measures) -> None:
         measures.gated += 1
         apart = (torch.from_numpy(run.gate) - expected.gate).abs() / expected.gate.abs().clamp_min(1)
         _see(measures.gate, apart.flatten(1).amax(-1), label, run.prompt)
-    measures.kld_sum += float(kld.sum())
+    measures.kld_sum += float(torch.nan_to_num(kld, nan=float("inf")).sum())
     measures.positions += len(fed)
     measures.prompts += 1
     measures.prefill += run.prompt

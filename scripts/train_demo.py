@@ -44,9 +44,9 @@ class Schedule:
 
 
 # Only the base learns to predict prompts too: else its hidden states there would tell the gate nothing.
-BASE_SCHEDULE = Schedule(steps=2400, batch=64, peak_lr=3e-3, learn_prompts=True)
-EXPERT_SCHEDULE = Schedule(steps=400, batch=48, peak_lr=4e-3)
-GATE_SCHEDULE = Schedule(steps=400, batch=32, peak_lr=1e-2)
+BASE_SCHEDULE = Schedule(steps=2800, batch=64, peak_lr=3e-3, learn_prompts=True)
+EXPERT_SCHEDULE = Schedule(steps=500, batch=48, peak_lr=8e-3)
+GATE_SCHEDULE = Schedule(steps=600, batch=32, peak_lr=1e-2)
 
 
 def main() -> None:

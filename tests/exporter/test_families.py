@@ -166,7 +166,9 @@ def test_family_mutant_is_caught(family: str, family_build: Build, tmp_path: Pat
     FAMILY_MUTANTS[family](folder, manifest.sites)
     caught = failed(measured(parts, manifest.graphs[0], folder))
     assert {"logits", "kld_mean"} <= caught.keys()
-    assert all(caught[name].value > 10 * caught[name].limit for name in ("logits", "kld_mean")), shown([*caught.values()])
+    assert all(caught[name].value > 10 * caught[name].limit for name in ("logits", "kld_mean")), shown(
+        [*caught.values()]
+    )
 
 
 def test_modern_graph_is_the_reference(tmp_path: Path) -> None:

@@ -1,0 +1,134 @@
+"""Stacking along the rank: one product with scaled columns is the loop over experts, for every kind of module."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from exporter.adapters import AdapterSet, Expert, LoraDelta
+from exporter.dynamic import GATED, StepState, replaced
+from exporter.errors import ExportError
+from exporter.reference import LoopedEmbedding, LoopedModule, _Scalings
+from exporter.sites import SiteKind, stack
+from tests.exporter.test_gate import config
+from tests.exporter.tiny_builds import difference
+
+WIDTH, OUT, BATCH, TOKENS, EXPERTS = 6, 10, 2, 5, 3
+RANKS = (2, 1, 4)
+NOISE = 2e-6
+
+
+def delta(rank: int, seed: int, scale: float) -> LoraDelta:
+    generator = torch.Generator().manual_seed(seed)
+    return LoraDelta(torch.randn(rank, WIDTH, generator=generator), torch.randn(OUT, rank, generator=generator), scale)
+
+
+def experts(*paths: tuple[str, ...]) -> AdapterSet:
+    """Experts of RANKS and scales 0.5, 1.5, 2.5, each with deltas for its paths."""
+    made = [
+        Expert(f"e{i}", {p: delta(RANKS[i], 10 * i + j, i + 0.5) for j, p in enumerate(own)}, str(i), Path())
+        for i, own in enumerate(paths)
+    ]
+    return AdapterSet(tuple(made), None)
+
+
+def test_sites_come_in_module_order_whoever_touches_them() -> None:
+    kinds = [(path, SiteKind.LINEAR) for path in ("a", "b", "c", "d")]
+    sites = stack(experts(("d",), ("a", "c"), ("c",)), kinds)
+    assert [(site.path, site.index) for site in sites] == [("a", 0), ("c", 1), ("d", 2)]
+    assert [site.experts for site in sites] == [("e1",), ("e1", "e2"), ("e0",)]
+    assert [site.ranks for site in sites] == [(1,), (1, 4), (2,)]
+
+
+def test_weights_hold_each_experts_scale_in_its_own_columns() -> None:
+    [site] = stack(experts(("a",), (), ("a",)), [("a", SiteKind.LINEAR)])
+    assert site.weights.tolist() == [[0.5] * 2 + [0.0] * 4, [0.0] * 6, [0.0] * 2 + [2.5] * 4]
+    assert (tuple(site.a.shape), tuple(site.b.shape)) == ((6, WIDTH), (OUT, 6))
+
+
+def test_global_weight_is_inside() -> None:
+    adapters = experts(("a",), ("a",), ("a",))
+    gated = replace(adapters, gate=config(3, global_scaling_weight=0.4))
+    [plain], [weighted] = (stack(each, [("a", SiteKind.LINEAR)]) for each in (adapters, gated))
+    assert difference(weighted.weights, 0.4 * plain.weights) < 1e-7
+
+
+def test_a_module_the_base_lacks_is_refused() -> None:
+    with pytest.raises(ExportError, match=r"touch modules that the base model lacks; got b\. Fix: use the base model"):
+        stack(experts(("a",), ("b",), ()), [("a", SiteKind.LINEAR)])
+
+
+class Scaled(nn.Embedding):
+    """An embedding with embed_scale, like Gemma's."""
+
+    embed_scale = torch.tensor(3.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.embed_scale
+
+
+def base_module(kind: SiteKind) -> nn.Module:
+    torch.manual_seed(0)
+    if kind is SiteKind.EMBEDDING:
+        return Scaled(WIDTH, OUT)
+    if kind is SiteKind.CONV1D:
+        from transformers.pytorch_utils import Conv1D
+
+        return Conv1D(OUT, WIDTH)
+    return nn.Linear(WIDTH, OUT)
+
+
+def gated_and_looped(kind: SiteKind, adapters: AdapterSet, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The exported maths and the oracle's, on the same input and scalings; lm_head sees picked positions only."""
+    base = base_module(kind)
+    _, site = stack(adapters, [("first", SiteKind.LINEAR), ("second", kind)])
+    generator = torch.Generator().manual_seed(1)
+    scalings = torch.rand(BATCH, TOKENS, groups, EXPERTS, generator=generator)
+    is_embedding = kind is SiteKind.EMBEDDING
+    x = torch.randn(BATCH, TOKENS, WIDTH, generator=generator)
+    x = torch.randint(0, WIDTH, (BATCH, TOKENS), generator=generator) if is_embedding else x
+    picked = torch.tensor([[4, 0], [2, 2]])
+    state = StepState(scalings, picked)
+    raw = _Scalings()
+    raw.value = scalings.expand(-1, -1, 2, -1)
+    deltas = [expert.deltas.get("second") for expert in adapters.experts]
+    looped = (LoopedEmbedding if is_embedding else LoopedModule)(base, deltas, 1, raw)
+    with torch.no_grad():
+        expected = looped(x)
+        if kind is SiteKind.LM_HEAD:
+            rows = torch.arange(BATCH)[:, None]
+            return GATED[kind](base, site, state)(x[rows, picked]), expected[rows, picked]
+        return GATED[kind](base, site, state)(x), expected
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", SiteKind)
+def test_stacked_product_is_the_loop_over_experts(kind: SiteKind, groups: int) -> None:
+    adapters = experts(("first", "second"), ("second",), ("first", "second"))
+    gated, looped = gated_and_looped(kind, adapters, groups)
+    assert gated.shape == looped.shape
+    assert difference(gated, looped) <= NOISE * float(looped.abs().max())
+    for column in range(EXPERTS):
+        kept = [
+            e if i != column else replace(e, deltas={"first": delta(1, 0, 0.0)}) for i, e in enumerate(adapters.experts)
+        ]
+        _, without = gated_and_looped(kind, replace(adapters, experts=tuple(kept)), groups)
+        assert difference(gated, without) > 0.1, "an expert is not missed"
+
+
+def failing_inside(model: nn.Module) -> None:
+    with replaced(model, {"1": nn.Identity()}):
+        assert isinstance(model.get_submodule("1"), nn.Identity)
+        raise RuntimeError("inside")
+
+
+def test_the_model_gets_its_own_modules_back() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    own = model[1]
+    with pytest.raises(RuntimeError, match="inside"):
+        failing_inside(model)
+    assert model[1] is own
