@@ -6,6 +6,7 @@ to PEFT.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,15 +54,16 @@ class LoopedModule(nn.Module):
         return result
 
     def delta(self, x: torch.Tensor, delta: LoraDelta, scaled: torch.Tensor) -> torch.Tensor:
-        return F.linear(F.linear(x * scaled, delta.a.to(x.dtype)), delta.b.to(x.dtype))
+        return F.linear(F.linear(x * scaled.to(x.dtype), delta.a.to(x.dtype)), delta.b.to(x.dtype))
 
 
 class LoopedEmbedding(LoopedModule):
     """The same for a token lookup (PEFT XLoraEmbeddingLayer), times the base's embed_scale."""
 
     def delta(self, x: torch.Tensor, delta: LoraDelta, scaled: torch.Tensor) -> torch.Tensor:
-        looked_up = F.embedding(x, delta.a.T.float()) * scaled
-        return F.linear(looked_up, delta.b.float()) * getattr(self.base, "embed_scale", 1.0)
+        dtype = next(self.base.parameters()).dtype
+        looked_up = F.embedding(x, delta.a.T.to(dtype)) * scaled.to(dtype)
+        return F.linear(looked_up, delta.b.to(dtype)) * getattr(self.base, "embed_scale", 1.0)
 
 
 class Reference:
@@ -70,6 +72,15 @@ class Reference:
     def __init__(self, model: PreTrainedModel, adapters: AdapterSet, paths: Sequence[tuple[str, SiteKind]]) -> None:
         self.model, self.experts, self.gate = model, adapters.experts, adapters.gate
         self.sites = [(path, kind) for path, kind in paths if any(path in e.deltas for e in adapters.experts)]
+
+    def precise(self) -> Reference:
+        """The same with fp64 products on a copy of the model, to tell how noisy fp32 is here.
+
+        Norms, rotary angles and softmax stay fp32: transformers computes them so whatever the dtype.
+        """
+        twin = copy.copy(self)
+        twin.model = copy.deepcopy(self.model).double()
+        return twin
 
     def constant(self, row: Sequence[float], tokens: Sequence[int]) -> ReferenceResult:
         """One pass with the same scalings [E] everywhere; no top-k rule applies to a mix."""
@@ -96,7 +107,7 @@ class Reference:
     def _forward(self, tokens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [T, V] and the hidden state after the final norm [1, T, H]."""
         out = self.model(input_ids=torch.tensor([list(tokens)]), use_cache=False, output_hidden_states=True)
-        return out.logits[0].float(), out.hidden_states[-1]
+        return out.logits[0], out.hidden_states[-1]
 
     @contextmanager
     def _looped(self) -> Iterator[_Scalings]:
@@ -122,10 +133,10 @@ def _deltas(experts: Sequence[Expert], path: str) -> list[LoraDelta | None]:
 
 def _classify(hidden: torch.Tensor, gate: GateConfig, experts: int) -> torch.Tensor:
     """PEFT XLoraClassifier.forward, up to and with the softmax: [1, T, G, E]."""
-    x = hidden.float()
+    x = hidden
     last = len(gate.weights) - 1
     for i, (weight, bias) in enumerate(zip(gate.weights, gate.biases, strict=True)):
-        x = x @ weight.T + (0.0 if bias is None else bias)
+        x = x @ weight.T.to(x.dtype) + (0.0 if bias is None else bias)
         x = x.clamp_min(0) if gate.relu and i < last else x
     logits = x.reshape(*x.shape[:2], -1, experts)
     return (logits / gate.temperature).softmax(-1) if gate.softmax else logits

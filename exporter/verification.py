@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,18 @@ from exporter.gate import scaling_pass_row
 from exporter.prompts import encode_prompts
 from exporter.reference import Reference, ReferenceResult
 from exporter.spec import BuildSpec
-from exporter.verify import EXTENTS, Extent, Scenario, report_from_measures, require_passed, verify_graph
+from exporter.verify import (
+    EXTENTS,
+    Extent,
+    Noise,
+    Scenario,
+    noise_between,
+    report_from_measures,
+    require_passed,
+    verify_graph,
+)
 from runtime.backends import open_session
-from runtime.golden import GoldenCase, case_from_replay
+from runtime.golden import GoldenCase, GoldenLimits, case_from_replay
 from runtime.manifest import GraphInfo, Mode, TopkSoftmax, VerifyLevel, VerifyReport
 from runtime.replay import replay
 from runtime.session import Session, SessionSettings
@@ -38,6 +47,7 @@ class Verification:
     vocab_size: int
     max_positions: int
     is_large: bool  # weights stay mapped: slower steps, no second copy in memory
+    twins: list[Reference] = field(default_factory=list)  # at most one: the reference with fp64 products
 
     def run(self, root: Path, graph: GraphInfo) -> tuple[VerifyReport, list[GoldenCase]]:
         """Check one graph that lies in `root`; raises VerifyError when a measure fails."""
@@ -75,12 +85,27 @@ class Verification:
             return [*constants, *(self._constant(*pair, width) for pair in zip(names, singles, strict=True))]
         row = np.tile(scaling_pass_row(gate, n).numpy(), (width, 1)).astype(np.float32)
         per_length = gate.softmax_topk and gate.topk_softmax is TopkSoftmax.FLATTENED
-        gated = Scenario("gate", row, True, per_length, self.reference.gated, self._base)
+        gated = Scenario(
+            "gate", row, True, per_length, self.reference.gated, self._base, self._precise(lambda r, ids: r.gated(ids))
+        )
         return [gated, *constants]
 
     def _constant(self, name: str, weights: Sequence[float], width: int | None) -> Scenario:
         row = None if width is None else np.tile(np.array(weights, np.float32), (width, 1))
-        return Scenario(name, row, False, False, lambda ids: self.reference.constant(weights, ids), self._base)
+        precise = self._precise(lambda reference, ids: reference.constant(weights, ids))
+        return Scenario(name, row, False, False, lambda ids: self.reference.constant(weights, ids), self._base, precise)
+
+    def _precise(
+        self, run: Callable[[Reference, Sequence[int]], ReferenceResult]
+    ) -> Callable[[Sequence[int]], ReferenceResult] | None:
+        """The fp64 reference, made when it is first needed; a large model has none."""
+        return None if self.is_large else lambda ids: run(self.twin(), ids)
+
+    def twin(self) -> Reference:
+        """The reference with fp64 products."""
+        if not self.twins:
+            self.twins.append(self.reference.precise())
+        return self.twins[0]
 
     def _base(self, tokens: Sequence[int]) -> ReferenceResult:
         return self.reference.constant([0.0] * len(self.adapters.experts), tokens)
@@ -97,22 +122,20 @@ class Verification:
         longest = min(GOLDEN_LONGEST, self.max_positions // 2)
         tokens = min(GOLDEN_TOKENS, self.max_positions - longest)
         prompts = self._prompts(GOLDEN_PROMPTS, longest)
-        return [
-            case_from_replay(
-                graph.name,
-                scenario.row,
-                replay(
-                    session,
-                    [prompt],
-                    tokens,
-                    scenario.row,
-                    is_gated=scenario.is_gated,
-                    per_length=scenario.per_length,
-                )[0],
-                per_length=scenario.per_length,
-            )
-            for prompt in prompts
-        ]
+        return [self._case(session, graph, scenario, prompt, tokens) for prompt in prompts]
+
+    def _case(
+        self, session: Session, graph: GraphInfo, scenario: Scenario, prompt: Sequence[int], tokens: int
+    ) -> GoldenCase:
+        """One prompt's answer, with limits no closer than the model's own fp32 noise on it."""
+        how = {"is_gated": scenario.is_gated, "per_length": scenario.per_length}
+        [run] = replay(session, [prompt], tokens, scenario.row, **how)
+        noise = Noise()
+        if scenario.precise is not None:
+            fed = run.tokens[:-1]
+            noise = noise_between(scenario.reference(fed), scenario.precise(fed))
+        limits = GoldenLimits.of(self.spec.dtype, noise.logits, noise.gate)
+        return case_from_replay(graph.name, scenario.row, run, limits, per_length=scenario.per_length)
 
     def _unverified(self, graph: GraphInfo) -> VerifyReport:
         return VerifyReport(

@@ -34,7 +34,8 @@ def verify_bundle(path: Path, sources: BuildSpec | None = None, *, threads: int 
     if sources is not None:
         from exporter.verify_sources import verify_against_sources  # needs torch
 
-        results += verify_against_sources(bundle, sources)
+        found = verify_against_sources(bundle, sources)
+        results += [GraphChecks(graph, "reference forward", checks) for graph, checks in found.items()]
     failed = [(result, check) for result in results for check in result.checks if not check.passed]
     if failed:
         raise VerifyError(

@@ -15,14 +15,13 @@ from exporter.rounding import require_rounded
 from exporter.spec import BuildSpec, CacheChoice, DType
 from exporter.store import WeightStore
 from exporter.tokenizer import load_tokenizer
-from exporter.verify_bundle import GraphChecks
 from runtime.bundle import Bundle
-from runtime.manifest import Manifest
+from runtime.manifest import Check, Manifest
 from runtime.signature import CacheStyle
 
 
-def verify_against_sources(bundle: Bundle, sources: BuildSpec) -> list[GraphChecks]:
-    """The sources' digests, then stage A of every graph; fp16 and bf16 bundles through a fresh fp32 twin."""
+def verify_against_sources(bundle: Bundle, sources: BuildSpec) -> dict[str, tuple[Check, ...]]:
+    """The sources' digests, then stage A by graph name; fp16 and bf16 bundles through a fresh fp32 twin."""
     spec = spec_from_manifest(bundle.manifest, sources)
     inputs = read_inputs(spec)
     compare_sources(bundle.manifest.sources, source_files(inputs.adapters, inputs.base))
@@ -53,9 +52,6 @@ def spec_from_manifest(manifest: Manifest, sources: BuildSpec) -> BuildSpec:
     )
 
 
-def _measure(parts: Parts, spec: BuildSpec, folder: Path, bundle: Bundle) -> list[GraphChecks]:
+def _measure(parts: Parts, spec: BuildSpec, folder: Path, bundle: Bundle) -> dict[str, tuple[Check, ...]]:
     verification = make_verification(parts, spec, load_tokenizer(bundle.root))
-    return [
-        GraphChecks(graph.name, "reference forward", verification.run(folder, graph)[0].checks)
-        for graph in bundle.manifest.graphs
-    ]
+    return {graph.name: verification.run(folder, graph)[0].checks for graph in bundle.manifest.graphs}

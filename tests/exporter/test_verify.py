@@ -119,11 +119,15 @@ def test_what_is_not_finite_fails_and_stays_json(value: float) -> None:
 
 
 def test_worst_keeps_the_largest_and_its_place() -> None:
-    worst = Worst()
+    worst = Worst(10.0)
     for value, place in ((1.0, "a"), (3.0, "b"), (2.0, "c")):
-        worst.see(value, place)
+        worst.see(value, place, 10.0)
     assert (worst.value, worst.where) == (3.0, "b")
-    worst.see(float("nan"), "d")
+    worst.see(5.0, "noisy", 20.0)
+    assert (worst.where, worst.limit) == ("b", 10.0), "5 of 20 is better than 3 of 10"
+    worst.see(7.0, "noisier", 20.0)
+    assert (worst.value, worst.where, worst.limit) == (7.0, "noisier", 20.0)
+    worst.see(float("nan"), "d", 10.0)
     assert (worst.value, worst.where) == (float("inf"), "d")
 
 
