@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _fail("error: not enough memory", MachineError.exit_code)
     except ModuleNotFoundError as error:
-        fix = "pip install 'xlora-export[export]'"
+        fix = "pip install '.[export,cpu]' in the source folder"
         return _fail(f"error: the package {error.name} is not installed. Fix: {fix}", MachineError.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was published", INTERRUPTED)
