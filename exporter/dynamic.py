@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -21,17 +21,30 @@ from runtime.signature import CacheStyle
 class StepState:
     """What gated modules and the head read and leave during one forward of the traced model."""
 
-    scalings: torch.Tensor | None = None  # [B, S, G, E]
+    columns: Sequence[torch.Tensor] = ()  # per site [B, S, R]: the factor of every rank column
     logit_index: torch.Tensor | None = None  # [B, K]
-    hidden: torch.Tensor | None = field(default=None)  # [B, S, H] after the final norm
-
-    def scalings_of(self, site: int) -> torch.Tensor:
-        """This site's scalings [B, S, E]; G = 1 is shared by all sites."""
-        assert self.scalings is not None
-        return self.scalings.select(2, site if self.scalings.shape[2] > 1 else 0)
+    hidden: torch.Tensor | None = None  # [B, S, H] after the final norm
 
 
-LORA_LEAVES = ("lora_a", "lora_b", "lora_weights")
+class Columns(nn.Module):
+    """scalings [B, S, G, E] -> the factors s . weights of every rank column, of all sites in one lookup.
+
+    A column belongs to one expert, so weights [E, R] has one entry a column: its place `index` and its value `scale`.
+    """
+
+    def __init__(self, sites: Sequence[Site], experts: int, *, shared: bool) -> None:
+        super().__init__()
+        index = [site.weights.abs().argmax(0) + (0 if shared else site.index * experts) for site in sites]
+        self.index = nn.Parameter(torch.cat(index), requires_grad=False)
+        self.scale = nn.Parameter(torch.cat([site.weights.sum(0) for site in sites]), requires_grad=False)
+        self.ranks = [site.weights.shape[1] for site in sites]
+
+    def forward(self, scalings: torch.Tensor) -> Sequence[torch.Tensor]:
+        factors = scalings.flatten(2).index_select(2, self.index) * self.scale  # [B, S, sum of R]
+        return factors.split(self.ranks, dim=-1)
+
+
+LORA_LEAVES = ("lora_a", "lora_b")
 
 
 class GatedModule(nn.Module):
@@ -46,11 +59,10 @@ class GatedModule(nn.Module):
         dtype = next(base.parameters()).dtype
         self.lora_a = nn.Parameter(site.a.to(dtype), requires_grad=False)
         self.lora_b = nn.Parameter(site.b.to(dtype), requires_grad=False)
-        self.lora_weights = nn.Parameter(site.weights, requires_grad=False)
 
     def columns(self) -> torch.Tensor:
-        """The factor of every rank column: s . weights, [B, S, R]."""
-        return self.state.scalings_of(self.site) @ self.lora_weights
+        """The factor of every rank column of this site: s . weights, [B, S, R]."""
+        return self.state.columns[self.site]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.base(x) + F.linear(F.linear(x, self.lora_a) * self.columns().to(x.dtype), self.lora_b)
@@ -75,7 +87,7 @@ class GatedHead(GatedModule):
 
     def columns(self) -> torch.Tensor:
         assert self.state.logit_index is not None
-        return pick(self.state.scalings_of(self.site), self.state.logit_index) @ self.lora_weights
+        return pick(super().columns(), self.state.logit_index)
 
 
 class PickingHead(nn.Module):
@@ -121,10 +133,13 @@ def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Non
 class TracedModel(nn.Module):
     """One decoder step of the design's signature, built on the Hugging Face model as it is."""
 
-    def __init__(self, model: PreTrainedModel, state: StepState, gate: Gate | None, cache: CacheStyle) -> None:
+    def __init__(
+        self, model: PreTrainedModel, state: StepState, gate: Gate | None, columns: Columns | None, cache: CacheStyle
+    ) -> None:
         super().__init__()
         self.model = model
         self.gate = gate
+        self.columns = columns
         self.state = state
         self.cache = cache
 
@@ -137,7 +152,9 @@ class TracedModel(nn.Module):
         logit_index: torch.Tensor,  # [B, K]
         past: Sequence[torch.Tensor],  # per block: keys, values [B, Hkv, C, D]
     ) -> tuple[torch.Tensor, ...]:
-        self.state.scalings, self.state.logit_index = scalings, logit_index
+        self.state.logit_index = logit_index
+        if self.columns is not None and scalings is not None:
+            self.state.columns = self.columns(scalings)
         cache = CacheState(past, cache_lengths, input_ids.shape[1], self.cache)
         logits = self.model(
             input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True, cache_state=cache
@@ -149,10 +166,14 @@ class TracedModel(nn.Module):
 
 @contextmanager
 def traced_model(
-    model: PreTrainedModel, sites: Sequence[Site], gate: Gate | None, cache: CacheStyle
+    model: PreTrainedModel, sites: Sequence[Site], gate: Gate | None, cache: CacheStyle, *, shared: bool = False
 ) -> Iterator[TracedModel]:
-    """The model with its sites gated, its head picking and its attention reading session-owned caches."""
+    """The model with its sites gated, its head picking and its attention reading session-owned caches.
+
+    `shared`: all sites read the same scalings (G = 1).
+    """
     state = StepState()
+    columns = Columns(sites, sites[0].weights.shape[0], shared=shared) if sites else None
     modules: dict[str, nn.Module] = {s.path: GATED[s.kind](model.get_submodule(s.path), s, state) for s in sites}
     head = head_path(model)
     modules[head] = PickingHead(modules.get(head, model.get_submodule(head)), state)
@@ -160,7 +181,7 @@ def traced_model(
     model.config._attn_implementation = ATTENTION_NAME
     try:
         with replaced(model, modules):
-            yield TracedModel(model, state, gate, cache).eval()
+            yield TracedModel(model, state, gate, columns, cache).eval()
     finally:
         model.config._attn_implementation = attention
 

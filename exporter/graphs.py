@@ -19,7 +19,7 @@ from exporter.store import Weight, WeightStore, weight_from_tensor
 from exporter.trace import trace
 from runtime.errors import UserError
 from runtime.manifest import Emit, GraphInfo
-from runtime.signature import Signature
+from runtime.signature import SCALINGS, Signature
 
 OPSETS = {Emit.PORTABLE: 18, Emit.MODERN: 24}
 
@@ -51,7 +51,7 @@ class Exported:
 def export_graph(model: PreTrainedModel, plan: GraphPlan, store: WeightStore) -> ir.Model:
     """Trace, rewrite, store the weights that are not yet there, save NAME.onnx under the store's root."""
     base_names = {id(parameter): name for name, parameter in model.named_parameters()}
-    with traced_model(model, plan.sites, plan.gate, plan.signature.cache_style) as traced:
+    with traced_model(model, plan.sites, plan.gate, plan.signature.cache_style, shared=is_shared(plan)) as traced:
         weights = named_weights(base_names, traced)
         try:
             graph = trace(traced, plan.signature, OPSETS[plan.emit])
@@ -74,7 +74,7 @@ def export_graph(model: PreTrainedModel, plan: GraphPlan, store: WeightStore) ->
 
 
 def named_weights(base_names: Mapping[int, str], traced: TracedModel) -> dict[str, tuple[str, torch.Tensor]]:
-    """Traced name -> (our name, tensor): checkpoint names for the base, SITE.lora_* and gate.* for the rest.
+    """Traced name -> (our name, tensor): checkpoint names for the base, SITE.lora_*, columns.* and gate.* for the rest.
 
     `base_names` maps parameter identity to its name in the plain model; a tied weight is one under its first name.
     """
@@ -88,6 +88,12 @@ def named_weights(base_names: Mapping[int, str], traced: TracedModel) -> dict[st
     }
 
 
+def is_shared(plan: GraphPlan) -> bool:
+    """Whether all sites of this graph read one row of scalings (G = 1)."""
+    scalings = plan.signature.input(SCALINGS)
+    return scalings is not None and scalings.shape[2] == 1
+
+
 def _store(present: Mapping[str, torch.Tensor], plan: GraphPlan, store: WeightStore) -> None:
     changed = plan.changed or {}
     own = {f"{site.path}.{leaf}" for site in plan.sites for leaf in LORA_LEAVES}
@@ -95,7 +101,9 @@ def _store(present: Mapping[str, torch.Tensor], plan: GraphPlan, store: WeightSt
     adapters: list[Weight] = []
     for name, tensor in present.items():
         if name not in changed:
-            (adapters if name in own or name.startswith("gate.") else base).append(weight_from_tensor(name, tensor))
+            (adapters if name in own or name.startswith(("gate.", "columns.")) else base).append(
+                weight_from_tensor(name, tensor)
+            )
     store.write("base", base)
     store.write("adapters", adapters)
 

@@ -45,7 +45,13 @@ class Schedule:
 
 # Only the base learns to predict prompts too: else its hidden states there would tell the gate nothing.
 BASE_SCHEDULE = Schedule(steps=2800, batch=64, peak_lr=3e-3, learn_prompts=True)
-EXPERT_SCHEDULE = Schedule(steps=500, batch=48, peak_lr=8e-3)
+# The fewer weights an expert may change, the faster they must move.
+EXPERT_SCHEDULES = {
+    "add": Schedule(steps=500, batch=64, peak_lr=2e-3),
+    "reverse": Schedule(steps=500, batch=64, peak_lr=8e-3),
+    "sort": Schedule(steps=500, batch=64, peak_lr=8e-3),
+    "cipher": Schedule(steps=250, batch=64, peak_lr=4e-3),
+}
 GATE_SCHEDULE = Schedule(steps=600, batch=32, peak_lr=1e-2)
 
 
@@ -78,7 +84,7 @@ def train_expert(task: str, tokenizer: PreTrainedTokenizerFast, out: Path) -> No
     """A LoRA that has seen one task only."""
     torch.manual_seed(SEED)
     model = get_peft_model(_load_base(out), expert_configs()[task])
-    _fit(task, model, tokenizer, training_items([task], random.Random(f"{SEED}/{task}")), EXPERT_SCHEDULE)
+    _fit(task, model, tokenizer, training_items([task], random.Random(f"{SEED}/{task}")), EXPERT_SCHEDULES[task])
     save_expert(model, out / "experts" / task)
 
 

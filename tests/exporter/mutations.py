@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -20,8 +21,8 @@ def copy_of(bundle: Path, folder: Path) -> Path:
     return Path(shutil.copytree(bundle, folder / "mutant"))
 
 
-def edit_weight(folder: Path, name: str, change: Callable[[Floats], Floats]) -> None:
-    """Replace a stored fp32 tensor by `change(tensor)`, where it lies."""
+def edit_weight(folder: Path, name: str, change: Callable[[NDArray[Any]], NDArray[Any]]) -> None:
+    """Replace a stored fp32 or int64 tensor by `change(tensor)`, where it lies."""
     for path in sorted((folder / "weights").glob("*.safetensors")):
         data = bytearray(path.read_bytes())
         length = int.from_bytes(data[:8], "little")
@@ -29,8 +30,9 @@ def edit_weight(folder: Path, name: str, change: Callable[[Floats], Floats]) -> 
         if entry is None:
             continue
         start, end = (8 + length + offset for offset in entry["data_offsets"])
-        old = np.frombuffer(bytes(data[start:end]), np.float32).reshape(entry["shape"])
-        data[start:end] = np.ascontiguousarray(change(old.copy()), np.float32).tobytes()
+        dtype = {"F32": np.float32, "I64": np.int64}[entry["dtype"]]
+        old = np.frombuffer(bytes(data[start:end]), dtype).reshape(entry["shape"])
+        data[start:end] = np.ascontiguousarray(change(old.copy()), dtype).tobytes()
         path.write_bytes(data)
         return
     raise AssertionError(f"no weight {name}")

@@ -107,11 +107,16 @@ def temperature(factor: float) -> Mutation:
 
 
 def scales(change: Callable[[np.ndarray], np.ndarray]) -> Mutation:
-    """Change lora_weights [E, R] of every site."""
+    """Change weights [E, R] of every site, as the graph holds them: one place and one factor a column."""
 
     def mutate(folder: Path, subject: Subject) -> None:
-        for site in subject.parts.sites:
-            edit_weight(folder, f"{site.path}.lora_weights", change)
+        sites = subject.parts.sites
+        changed = [change(site.weights.numpy().copy()) for site in sites]
+        shared = subject.parts.gate is None or not subject.parts.gate.config.layerwise
+        offsets = [0 if shared else site.index * len(site.weights) for site in sites]
+        index = [np.abs(weights).argmax(0) + offset for weights, offset in zip(changed, offsets, strict=True)]
+        edit_weight(folder, "columns.index", lambda _: np.concatenate(index))
+        edit_weight(folder, "columns.scale", lambda _: np.concatenate([weights.sum(0) for weights in changed]))
 
     return mutate
 

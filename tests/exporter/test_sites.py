@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from exporter.adapters import AdapterSet, Expert, LoraDelta
-from exporter.dynamic import GATED, StepState, replaced
+from exporter.dynamic import GATED, Columns, StepState, replaced
 from exporter.errors import ExportError
 from exporter.reference import LoopedEmbedding, LoopedModule, _Scalings
 from exporter.sites import SiteKind, stack
@@ -85,14 +85,16 @@ def base_module(kind: SiteKind) -> nn.Module:
 def gated_and_looped(kind: SiteKind, adapters: AdapterSet, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The exported maths and the oracle's, on the same input and scalings; lm_head sees picked positions only."""
     base = base_module(kind)
-    _, site = stack(adapters, [("first", SiteKind.LINEAR), ("second", kind)])
+    stacked = stack(adapters, [("first", SiteKind.LINEAR), ("second", kind)])
+    site = stacked[1]
     generator = torch.Generator().manual_seed(1)
     scalings = torch.rand(BATCH, TOKENS, groups, EXPERTS, generator=generator)
     is_embedding = kind is SiteKind.EMBEDDING
     x = torch.randn(BATCH, TOKENS, WIDTH, generator=generator)
     x = torch.randint(0, WIDTH, (BATCH, TOKENS), generator=generator) if is_embedding else x
     picked = torch.tensor([[4, 0], [2, 2]])
-    state = StepState(scalings, picked)
+    columns = Columns(stacked, EXPERTS, shared=scalings.shape[2] == 1)
+    state = StepState(columns(scalings), picked)
     raw = _Scalings()
     raw.value = scalings.expand(-1, -1, 2, -1)
     deltas = [expert.deltas.get("second") for expert in adapters.experts]
