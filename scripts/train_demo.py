@@ -52,7 +52,7 @@ EXPERT_SCHEDULES = {
     "sort": Schedule(steps=500, batch=64, peak_lr=8e-3),
     "cipher": Schedule(steps=250, batch=64, peak_lr=4e-3),
 }
-GATE_SCHEDULE = Schedule(steps=600, batch=32, peak_lr=1e-2)
+GATE_SCHEDULE = Schedule(steps=600, batch=32, peak_lr=4e-3)
 
 
 def main() -> None:
