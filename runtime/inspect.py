@@ -88,7 +88,8 @@ def _gate(gate: GateInfo) -> Iterator[tuple[str, str]]:
 
 
 def _graph(graph: GraphInfo) -> str:
-    mix = "" if graph.mix is None else " of " + ", ".join(f"{name}={share:g}" for name, share in graph.mix.items())
+    shares = ", ".join(f"{name}={share:g}" for name, share in (graph.mix or {}).items())
+    mix = "" if graph.mix is None else f" of {shares or 'the base alone'}"
     cache = graph.signature.cache_style
     return f"{graph.name}: {graph.mode}{mix}, {graph.emit}, opset {graph.opset}, K/V cache {cache}"
 
