@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
+from exporter.errors import ExportError
 from runtime.signature import CacheStyle
 
 ATTENTION_NAME = "xlora_export"
@@ -45,6 +46,11 @@ class CacheState:
             value = _tensor_scatter(self.past[2 * block + 1], value, self.lengths)
         self.present += [key, value]
         return key, value
+
+    @property
+    def windows(self) -> frozenset[int | None]:
+        """The sliding windows the model's blocks have asked for so far; None is full attention."""
+        return frozenset(self._masks)
 
     def allowed(self, window: int | None) -> torch.Tensor:
         """Which columns a query may see, [B or 1, S, C + S] (append), [B, S, C] (alias) or [1, S, S] (no cache)."""
@@ -120,6 +126,22 @@ def _split_attention(
     parts = [probs[..., start:end] for start, end in pairwise(ends)]
     out = reduce(torch.add, (part @ value.unsqueeze(2) for part, value in zip(parts, values, strict=True)))
     return out.contiguous().reshape(batch, heads, tokens, values[0].shape[-1]).transpose(1, 2)
+
+
+def require_window(config: Any, state: CacheState) -> None:
+    """Refuse a model that puts its sliding window only into the mask, which `cached_attention` does not read.
+
+    Verification would not see it: windows are longer than its prompts.
+    """
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ("sliding_attention",)
+    if window is not None and "sliding_attention" in kinds and window not in state.windows:
+        raise ExportError(
+            f"the sliding window of {config.model_type} does not reach its attention function and would be lost",
+            where="base",
+            got=f"sliding_window {window}",
+            fix="families proved to work are listed in the README",
+        )
 
 
 def _attention_op(

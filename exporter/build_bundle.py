@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from exporter.adapters import AdapterSet
 from exporter.checkpoints import (
@@ -30,7 +29,7 @@ from exporter.graphs import OPSETS, Exported, GraphPlan, export_graph, parameter
 from exporter.model_facts import base_info, module_kinds, refuse_untraceable, signature_shape, untying_notes
 from exporter.publish import publish, stage
 from exporter.reference import Reference
-from exporter.rounding import require_rounded
+from exporter.rounding import require_rounded, round_model
 from exporter.sites import Site, SiteKind, stack
 from exporter.spec import BuildSpec, CacheChoice, DType
 from exporter.static import folded_weights, mix_row, rounded_weights, untied
@@ -53,6 +52,7 @@ from runtime.manifest import (
     VerifyReport,
 )
 from runtime.signature import CacheStyle, signature_from_shape
+from runtime.text import Text
 
 FULL_UP_TO = 300_000_000  # parameters; above, `quick` is the default and weights stay mapped in verification
 VERSIONED = ("torch", "transformers", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
@@ -93,9 +93,9 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
         out = spec.out or default_out(spec, inputs)
         with stage(out, overwrite=spec.overwrite, estimate_bytes=estimate_bytes(spec, inputs)) as staged:
             root = staged.folder
+            tokenizer = write_tokenizer(inputs.base, root)
             with clock.stage("load base"):
                 parts = load_parts(inputs)
-            tokenizer = write_tokenizer(inputs.base, root)
             proof_root = root if spec.dtype is DType.FLOAT32 else root / TWIN
             with clock.stage("trace and store", root):
                 proofs = export_graphs(parts, spec, DType.FLOAT32, proof_root)
@@ -155,7 +155,9 @@ def default_out(spec: BuildSpec, inputs: Inputs) -> Path:
 
 def estimate_bytes(spec: BuildSpec, inputs: Inputs) -> int:
     """What the stage will hold at its fullest, roughly: stored weights, changed weights, the twin's."""
-    base = sum(path.stat().st_size for path in inputs.base.files)
+    stored = sum(path.stat().st_size for path in inputs.base.files)
+    written = 4 * sum(module.in_features * module.out_features for module in inputs.base.modules.values())
+    base = max(stored, written)  # the graphs are fp32 (or have an fp32 twin), the files may be bf16
     copies = len(spec.modes) + (2 if spec.dtype is not DType.FLOAT32 else 0)
     return base * copies + (64 << 20)
 
@@ -255,7 +257,7 @@ def verify_graphs(
     return [report for report, _ in results], [case for _, cases in results for case in cases]
 
 
-def make_verification(parts: Parts, spec: BuildSpec, tokenizer: Tokenizer | None) -> Verification:
+def make_verification(parts: Parts, spec: BuildSpec, tokenizer: Text | None) -> Verification:
     """The measures for this model, at the level asked for or the default for its size."""
     size = parameter_count(parts.model)
     info = base_info(parts.inputs.base, parts.model, spec.dtype)
@@ -273,7 +275,7 @@ def make_verification(parts: Parts, spec: BuildSpec, tokenizer: Tokenizer | None
 
 def export_rounded(parts: Parts, spec: BuildSpec, proofs: Sequence[Exported], root: Path) -> list[Exported]:
     """The same graphs with weights rounded to fp16 or bf16, proved to be just that."""
-    parts.model.to(getattr(torch, spec.dtype.value))
+    round_model(parts.model, getattr(torch, spec.dtype.value))
     graphs = export_graphs(parts, spec, spec.dtype, root, proofs[0].store)
     for proof, rounded in zip(proofs, graphs, strict=True):
         require_rounded(proof, rounded)
@@ -307,7 +309,7 @@ def describe(
                 column=column,
                 name=expert.name,
                 key=expert.key,
-                folder=expert.folder.name,
+                folder=expert.folder.resolve().name,
                 rank=max((delta.a.shape[0] for delta in expert.deltas.values()), default=0),
                 sites=len(expert.deltas),
             )

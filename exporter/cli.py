@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.ERROR if args.quiet else logging.WARNING, format="%(message)s")
     try:
-        return {"inspect": inspect, "build": build, "verify": verify}[args.command](args)
+        code = {"inspect": inspect, "build": build, "verify": verify}[args.command](args)
+        sys.stdout.flush()
     except UserError as error:
         return _fail(f"error: {error}", error.exit_code)
     except MemoryError:
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:  # noqa: BLE001 - a defect of ours keeps its traceback
         traceback.print_exc()
         return BUG
+    return code
 
 
 def parser() -> argparse.ArgumentParser:
@@ -101,7 +103,7 @@ def _source(text: str) -> AdapterSource:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """Print what a checkpoint or bundle holds; 2 when it could not be exported."""
+    """Print what a checkpoint holds; 2 when it could not be exported."""
     from exporter.inspect import inspect_checkpoint, render
 
     report = inspect_checkpoint(args.path)

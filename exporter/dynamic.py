@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from exporter.attention import ATTENTION_NAME, CacheState
+from exporter.attention import ATTENTION_NAME, CacheState, require_window
 from exporter.gate import Gate
 from exporter.sites import Site, SiteKind
 from runtime.signature import CacheStyle
@@ -159,6 +159,7 @@ class TracedModel(nn.Module):
         logits = self.model(
             input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True, cache_state=cache
         ).logits
+        require_window(self.model.config.get_text_config(), cache)
         assert self.state.hidden is not None
         gate = () if self.gate is None else (self.gate(self.state.hidden),)
         return (logits, *gate, *(cache.present if self.cache is not CacheStyle.NONE else ()))

@@ -9,9 +9,10 @@ from exporter.adapters import AdapterSet, Expert, GateConfig
 from exporter.checkpoints import BaseDescription, base_reference, check_against_base, describe_base, read_adapters
 from exporter.checkpoints.files import is_file, is_folder
 from exporter.checkpoints.gate_config import ORIGINAL_CONFIG, PEFT_CONFIG, Layout, layout_of
+from exporter.model_facts import refuse_untraceable
 from exporter.spec import AdapterSource, CacheChoice
 from runtime.errors import Problems, UserError
-from runtime.manifest import TopkSoftmax
+from runtime.manifest import Emit, TopkSoftmax
 
 
 @dataclass(slots=True)
@@ -35,7 +36,9 @@ def inspect_checkpoint(path: Path) -> InspectReport:
     try:
         report.kind = _kind_of(path)
         if report.kind == "base model":
-            _add_base(report, describe_base(str(path)))
+            base = describe_base(str(path))
+            _add_base(report, base)
+            refuse_untraceable(base, Emit.PORTABLE)
         else:
             _inspect_adapters(report)
     except UserError as error:
@@ -119,6 +122,7 @@ def _check_base(report: InspectReport, adapters: AdapterSet) -> None:
     base = describe_base(reference)
     _add_base(report, base)
     report.notes += check_against_base(adapters, base)
+    refuse_untraceable(base, Emit.PORTABLE)
 
 
 def _add_base(report: InspectReport, base: BaseDescription) -> None:

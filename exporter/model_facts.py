@@ -17,6 +17,9 @@ from runtime.signature import CacheStyle, SignatureShape
 
 # Position scaling that depends on the sequence length is a branch in the model, not a graph.
 DATA_DEPENDENT_ROPE = ("dynamic", "longrope")
+# What `attention` knows; others live in masks (chunked attention, seen only beyond a chunk) or are no attention at all.
+ATTENTION_TYPES = ("full_attention", "sliding_attention")
+NEEDED_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
 
 def module_kinds(base: BaseDescription, model: PreTrainedModel) -> list[tuple[str, SiteKind]]:
@@ -48,6 +51,21 @@ def untying_notes(base: BaseDescription, touched: Collection[str]) -> tuple[str,
 def refuse_untraceable(base: BaseDescription, emit: Emit) -> None:
     """Refuse by name what no graph of ours can hold, before any weight is read."""
     config = base.text_config
+    if absent := [field for field in NEEDED_FIELDS if not isinstance(getattr(config, field, None), int)]:
+        raise ExportError(
+            f"{base.model_type} is no decoder with attention over a fixed number of positions",
+            where=f"base {base.name}",
+            got=f"a config without {', '.join(absent)}",
+            fix="families proved to work are listed in the README",
+        )
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - set(ATTENTION_TYPES))
+    if strange:
+        raise ExportError(
+            f"{base.model_type} has blocks of a kind that cannot be exported",
+            where=f"base {base.name}",
+            got=", ".join(strange),
+            need=" or ".join(ATTENTION_TYPES),
+        )
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))]
     if found := [kind for kind in DATA_DEPENDENT_ROPE if kind in kinds]:

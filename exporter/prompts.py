@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from tokenizers import Tokenizer
+from runtime.text import Text
 
 SEED = 20261121
 
@@ -47,13 +47,13 @@ TEXTS = (
 
 
 def encode_prompts(
-    texts: Sequence[str], tokenizer: Tokenizer | None, vocab_size: int, count: int, longest: int
+    texts: Sequence[str], tokenizer: Text | None, vocab_size: int, count: int, longest: int
 ) -> list[list[int]]:
     """`count` prompts of 1..`longest` token ids, deterministic, of different lengths."""
     if tokenizer is None:
         return random_prompts(vocab_size, count, longest)
     chosen = (list(texts) or list(TEXTS))[:count]
-    encoded = [[i for i in tokenizer.encode(text).ids if i < vocab_size][:longest] for text in chosen]
+    encoded = [[i for i in tokenizer.encode(text) if i < vocab_size][:longest] for text in chosen]
     kept = [ids for ids in encoded if ids]
     return kept + random_prompts(vocab_size, count - len(kept), longest)
 

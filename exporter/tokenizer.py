@@ -5,36 +5,38 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from exporter.checkpoints import BaseDescription
 from runtime.manifest import TokenizerInfo
+from runtime.text import Text
 
 logger = logging.getLogger(__name__)
 PATH = "tokenizer/tokenizer.json"
 
 
 def write_tokenizer(base: BaseDescription, root: Path) -> TokenizerInfo | None:
-    """Copy or convert the tokenizer into the bundle; None, with a line in the log, when there is none we can read."""
-    text = _tokenizer_json(base.folder)
-    if text is None:
+    """Copy or convert the tokenizer into the bundle; None, with a line in the log, when there is none we can read.
+
+    Raises InputError for a tokenizer.json that is damaged.
+    """
+    data = _tokenizer_json(base.folder)
+    if data is None:
         return None
     target = root / PATH
     target.parent.mkdir(exist_ok=True)
-    target.write_text(text, encoding="utf-8")
-    return TokenizerInfo(path=PATH, add_bos=bool(Tokenizer.from_str(text).encode("").ids))
+    target.write_bytes(data)
+    return TokenizerInfo(path=PATH, add_bos=bool(Text(target).encode("")))
 
 
-def load_tokenizer(root: Path) -> Tokenizer | None:
-    """The bundle's tokenizer."""
+def load_tokenizer(root: Path) -> Text | None:
+    """The bundle's tokenizer, as the runtime uses it."""
     path = root / PATH
-    return Tokenizer.from_str(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return Text(path) if path.is_file() else None
 
 
-def _tokenizer_json(folder: Path) -> str | None:
+def _tokenizer_json(folder: Path) -> bytes | None:
     stored = folder / "tokenizer.json"
     if stored.is_file():
-        return stored.read_text(encoding="utf-8")
+        return stored.read_bytes()
     if not (folder / "tokenizer_config.json").is_file():
         return None
     from transformers import AutoTokenizer
@@ -45,4 +47,4 @@ def _tokenizer_json(folder: Path) -> str | None:
         logger.warning("the tokenizer in %s is left out: %s", folder.name, error)
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return None if backend is None else str(backend.to_str())
+    return None if backend is None else str(backend.to_str()).encode()

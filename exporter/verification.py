@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from tokenizers import Tokenizer
 
 from exporter.adapters import AdapterSet
 from exporter.gate import scaling_pass_row
@@ -31,6 +30,7 @@ from runtime.manifest import GraphInfo, Mode, TopkSoftmax, VerifyLevel, VerifyRe
 from runtime.replay import replay
 from runtime.session import Session, SessionSettings
 from runtime.signature import SCALINGS
+from runtime.text import Text
 
 GOLDEN_PROMPTS, GOLDEN_LONGEST, GOLDEN_TOKENS = 3, 24, 16
 
@@ -43,7 +43,7 @@ class Verification:
     adapters: AdapterSet
     level: VerifyLevel
     spec: BuildSpec
-    tokenizer: Tokenizer | None
+    tokenizer: Text | None
     vocab_size: int
     max_positions: int
     is_large: bool  # weights stay mapped: slower steps, no second copy in memory

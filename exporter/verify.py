@@ -178,7 +178,9 @@ class Differences:
         """Keep what is worse than what was seen before."""
         _see(measures.logits, self.logits, label, prompt, self.logits_limit)
         _see(measures.kld, self.kld, label, prompt, KLD_LIMIT)
-        _see(measures.flips, self.flips.double(), label, prompt, 0.0)
+        if self.flips.any():
+            where = _where(label, int(self.flips.int().argmax()), prompt)
+            measures.flips.see(measures.flips.value + int(self.flips.sum()), where, 0.0)
         measures.kld_sum += float(torch.nan_to_num(self.kld, nan=float("inf")).sum())
         if self.gate is not None:
             measures.gated += 1
@@ -237,8 +239,11 @@ def _kld(reference: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
 def _see(worst: Worst, values: torch.Tensor, label: str, prompt: int, limit: float) -> None:
     values = torch.nan_to_num(values.double(), nan=float("inf"))
     place = int(values.argmax())
-    phase = f"prefill position {place}" if place < prompt else f"decode step {place - prompt}"
-    worst.see(float(values[place]), f"{label}, {phase}", limit)
+    worst.see(float(values[place]), _where(label, place, prompt), limit)
+
+
+def _where(label: str, place: int, prompt: int) -> str:
+    return f"{label}, " + (f"prefill position {place}" if place < prompt else f"decode step {place - prompt}")
 
 
 def report_from_measures(measures: Measures, graph: str, level: VerifyLevel, stage: str, stage_b: str) -> VerifyReport:

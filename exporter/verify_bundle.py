@@ -10,6 +10,7 @@ from exporter.errors import VerifyError
 from exporter.spec import BuildSpec
 from runtime.backends import open_session
 from runtime.bundle import Bundle, open_bundle
+from runtime.errors import MachineError
 from runtime.golden import GOLDEN_PATH, GoldenCase, read_golden, replay_golden
 from runtime.manifest import Check, GraphInfo
 from runtime.session import SessionSettings
@@ -25,12 +26,21 @@ class GraphChecks:
 
 
 def verify_bundle(path: Path, sources: BuildSpec | None = None, *, threads: int | None = None) -> list[GraphChecks]:
-    """All digests; then the golden set, or with `sources` (base and adapters) their digests and every stage A check.
+    """All digests; then the golden set, and with `sources` (base and adapters) their digests and every stage A check.
 
+    The golden set of an fp16 or bf16 bundle is left to a GPU (stage B): the CPU runs no bf16 and proves no fp16.
     Raises VerifyError when a measure fails or nothing can be measured, InputError when the bundle is damaged.
     """
     bundle = open_bundle(path)
-    results = replay_bundle(bundle, threads)
+    dtype = bundle.manifest.base.dtype
+    if dtype != "float32" and sources is None:
+        raise MachineError(
+            f"the numbers of a {dtype} bundle cannot be checked on the CPU (its digests are right)",
+            where=str(path),
+            fix="give --base and --adapters: its fp32 twin is verified and its weights must be the twin's rounded",
+            code="E_GPU",
+        )
+    results = replay_bundle(bundle, threads) if dtype == "float32" else []
     if sources is not None:
         from exporter.verify_sources import verify_against_sources  # needs torch
 
@@ -63,6 +73,8 @@ def replay_bundle(bundle: Bundle, threads: int | None) -> list[GraphChecks]:
     results = []
     for graph in bundle.manifest.graphs:
         cases = [case for case in golden.cases if case.graph == graph.name]
+        if not cases:
+            raise VerifyError("the golden set has no case of this graph", where=f"graph {graph.name}", code="E_VERIFY")
         results.append(GraphChecks(graph.name, "golden set", replay_graph(bundle, graph, cases, threads)))
     return results
 

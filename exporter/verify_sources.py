@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from exporter.spec import BuildSpec, CacheChoice, DType
 from exporter.store import WeightStore
 from exporter.tokenizer import load_tokenizer
 from runtime.bundle import Bundle
-from runtime.manifest import Check, Manifest
+from runtime.manifest import Check, GraphInfo, Manifest
 from runtime.signature import CacheStyle
 
 
@@ -27,14 +28,14 @@ def verify_against_sources(bundle: Bundle, sources: BuildSpec) -> dict[str, tupl
     compare_sources(bundle.manifest.sources, source_files(inputs.adapters, inputs.base))
     parts = load_parts(inputs)
     if spec.dtype is DType.FLOAT32:
-        return _measure(parts, spec, bundle.root, bundle)
+        return _measure(parts, spec, bundle.root, bundle, bundle.manifest.graphs)
     with tempfile.TemporaryDirectory(prefix="xlora-twin-") as folder:
         root = Path(folder)
         twins = export_graphs(parts, spec, DType.FLOAT32, root)
         for twin in twins:
             published = ir.load(bundle.file(twin.info.path))
             require_rounded(twin, Exported(twin.info, published, WeightStore(bundle.root)))
-        return _measure(parts, spec, root, bundle)
+        return _measure(parts, spec, root, bundle, [twin.info for twin in twins])
 
 
 def spec_from_manifest(manifest: Manifest, sources: BuildSpec) -> BuildSpec:
@@ -52,6 +53,8 @@ def spec_from_manifest(manifest: Manifest, sources: BuildSpec) -> BuildSpec:
     )
 
 
-def _measure(parts: Parts, spec: BuildSpec, folder: Path, bundle: Bundle) -> dict[str, tuple[Check, ...]]:
+def _measure(
+    parts: Parts, spec: BuildSpec, folder: Path, bundle: Bundle, graphs: Sequence[GraphInfo]
+) -> dict[str, tuple[Check, ...]]:
     verification = make_verification(parts, spec, load_tokenizer(bundle.root))
-    return {graph.name: verification.run(folder, graph)[0].checks for graph in bundle.manifest.graphs}
+    return {graph.name: verification.run(folder, graph)[0].checks for graph in graphs}

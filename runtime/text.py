@@ -15,11 +15,14 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # how a decoder shows the first bytes 
 
 
 class Text:
-    """A bundle's tokenizer. Special tokens are added when encoding and left out when decoding."""
+    """A bundle's tokenizer. Special tokens are added when encoding and left out when decoding; no text is cut."""
 
     def __init__(self, path: Path) -> None:
         self._where = path.name
         self._tokenizer: Tokenizer = self._guard("cannot be read", lambda: Tokenizer.from_file(str(path)))
+        # A saved tokenizer keeps the truncation and padding of its last use in training.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a prompt."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from exporter.adapters import AdapterSet, LoraDelta
 from exporter.errors import ExportError
 from runtime.errors import InputError, raise_all
@@ -24,9 +26,12 @@ def largest_update(delta: LoraDelta, above: float = 0.0) -> float:
 def check_half_range(adapters: AdapterSet) -> None:
     """Refuse an fp16 build when an update, or a stored factor, leaves the range of float16; all modules at once."""
     problems: list[InputError] = []
+    everywhere = adapters.gate.global_scaling_weight if adapters.gate else 1.0
     for expert in adapters.experts:
-        for path, delta in expert.deltas.items():
-            factor = max(float(delta.a.abs().max()), float(delta.b.abs().max()) * max(1.0, abs(delta.scale)))
+        for path, plain in expert.deltas.items():
+            delta = replace(plain, scale=plain.scale * everywhere)
+            scale = abs(delta.scale)  # multiplies the scalings, in float16 too
+            factor = max(float(delta.a.abs().max()), float(delta.b.abs().max()) * max(1.0, scale), scale)
             largest = max(factor, largest_update(delta, above=MAX_HALF))
             if largest > MAX_HALF:
                 problems.append(

@@ -14,10 +14,7 @@ from exporter.checkpoints.problems import gathering, shown
 from exporter.errors import ExportError
 from exporter.spec import AdapterSource
 from runtime.errors import InputError, raise_all
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # runtime.manifest.ExpertName
-# Device names of Windows: files of that name cannot exist there.
-_RESERVED = re.compile(r"con|prn|aux|nul|com[0-9]|lpt[0-9]", re.IGNORECASE)
+from runtime.manifest import is_expert_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +26,12 @@ class Binding:
     folder: Path
 
 
-def is_valid_name(name: str) -> bool:
-    """Whether an expert may be called so: it becomes part of file names and of `--mix`."""
-    return bool(_NAME.fullmatch(name)) and not _RESERVED.fullmatch(name)
-
-
 def name_from(text: str, fallback: str) -> str:
     """A valid name as near to `text` as can be."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", text).lstrip("-_")[:64].rstrip("-")
     if not name:
         return fallback
-    return f"expert-{name}"[:64] if _RESERVED.fullmatch(name) else name
+    return name if is_expert_name(name) else f"expert-{name}"[:64]  # a device name of Windows
 
 
 def bind_plain(sources: Sequence[AdapterSource]) -> tuple[list[Binding], list[str]]:
@@ -150,7 +142,7 @@ def _given_names(sources: Iterable[AdapterSource], problems: list[InputError]) -
         name = str(source.name)
         if source.key is None and name.isdecimal():
             continue  # a gate key
-        if not is_valid_name(name):
+        if not is_expert_name(name):
             need = "letters, digits, _ and -, at most 64, starting with a letter or digit; no Windows device name"
             problems.append(ExportError("an expert cannot be called so", got=shown(name), need=need, code="E_NAME"))
         elif name.casefold() in given:

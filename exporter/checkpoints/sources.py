@@ -9,19 +9,22 @@ from pathlib import Path
 
 from exporter.adapters import AdapterSet
 from exporter.checkpoints.base import BaseDescription
-from exporter.checkpoints.files import open_regular
+from exporter.checkpoints.files import is_file, open_regular
 from exporter.errors import ExportError
 from runtime.errors import InputError, raise_all
 from runtime.manifest import SourceInfo
 
 _CHUNK = 1 << 20
+# What a bundle takes from a base besides its weights: sizes, end tokens, the tokenizer.
+BASE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def source_files(adapters: AdapterSet, base: BaseDescription | None) -> tuple[SourceInfo, ...]:
     """Role, file name, size and sha256 of all files used, in the order base, experts by column, gate."""
     listed: list[tuple[str, Path, str]] = []
     if base is not None:
-        listed += [("base", path, path.name) for path in (base.folder / "config.json", *base.files)]
+        read = [base.folder / name for name in BASE_FILES if is_file(base.folder / name)]
+        listed += [("base", path, path.name) for path in (*read, *base.files)]
     for origin in adapters.origins:
         listed += [(origin.role, path, _inside(path, origin.folder)) for path in origin.files]
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib releases the GIL

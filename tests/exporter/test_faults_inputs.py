@@ -33,9 +33,9 @@ from exporter.checkpoints import (
     read_adapters,
     source_files,
 )
-from exporter.checkpoints.naming import is_valid_name
 from exporter.spec import AdapterSource, CacheChoice
 from runtime.errors import UserError
+from runtime.manifest import is_expert_name
 from tests.exporter.checkpoint_makers import (
     edit_json,
     edit_tensors,
@@ -166,9 +166,9 @@ def test_r01_malformed_configs_never_give_a_traceback(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"peft_type": "LORA", "peft_type": "LORA"}', "duplicate key 'peft_type'"),
-        ('{"r": NaN}', "NaN is not a JSON number"),
-        ('{"r": 1e999}', "1e999 is out of range"),
+        ('{"peft_type": "LORA", "peft_type": "LORA"}', "has the key 'peft_type' twice"),
+        ('{"r": NaN}', "holds NaN, which is not JSON"),
+        ('{"r": 1e999}', "out of range: 1e999"),
         ("[]", "is not a JSON object"),
         ("", "is not valid JSON"),
         ("[" * 40 + "]" * 40, "is nested too deeply"),
@@ -517,7 +517,7 @@ def hostile_names() -> list[str]:
     parts = ["..", ".", "/", "\\", "~", "\0", "\n", " ", ":", "*", "$HOME", "%2e", "a" * 300, "CON", "nul", "com1",
              "aux", "LPT9", "ｍath", "mаth", "math\u202e", "é", "-x", "_x", ""]  # fmt: skip
     found = [*parts, *(a + b for a in parts for b in parts), *(f"x{a}y" for a in parts)]
-    bad = [name for name in dict.fromkeys(found) if not is_valid_name(name)]
+    bad = [name for name in dict.fromkeys(found) if not is_expert_name(name)]
     return bad[:500]
 
 
@@ -545,7 +545,7 @@ def test_r08_names_from_checkpoints_are_made_valid(tmp_path: Path, root: Path) -
 def test_r08_default_names_of_hostile_folders_are_valid(tmp_path: Path, root: Path) -> None:
     for name in (".. ..", "CON", "ｍath", "-x", "a" * 200, "*?", "x\ny"):
         folder = Path(shutil.copytree(root / "lora", tmp_path / name))
-        assert is_valid_name(read(folder).experts[0].name)
+        assert is_expert_name(read(folder).experts[0].name)
 
 
 # --- R09: links, fifos, devices ---

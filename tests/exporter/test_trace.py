@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from exporter.attention import CacheState, require_window
 from exporter.build_bundle import build, check_spec, default_out, export_dynamic
 from exporter.errors import ExportError
 from exporter.model_facts import refuse_untraceable, untying_notes
@@ -82,7 +83,8 @@ def test_what_cannot_be_traced_is_refused_by_name(tmp_path: Path) -> None:
 
 def described(rope: Mapping[str, Any] | None = None, **config: Any) -> Any:
     """As much of a base's description as `refuse_untraceable` reads."""
-    settings = {"rope_parameters": rope, "attn_logit_softcapping": None} | config
+    sizes = dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"), 8)
+    settings = sizes | {"rope_parameters": rope, "attn_logit_softcapping": None} | config
     return SimpleNamespace(name="tiny", model_type="gemma2", text_config=SimpleNamespace(**settings))
 
 
@@ -98,6 +100,33 @@ def test_length_dependent_rope_is_refused(kind: str) -> None:
 def test_other_ropes_pass() -> None:
     for rope in (None, {}, {"rope_type": "llama3"}, {"full_attention": {"rope_type": "default"}}):
         refuse_untraceable(described(rope), Emit.MODERN)
+
+
+def test_blocks_that_are_not_plain_or_windowed_attention_are_refused() -> None:
+    """Chunked attention is seen only beyond a chunk of thousands of tokens, where verification never goes."""
+    refuse_untraceable(described(layer_types=["full_attention", "sliding_attention"]), Emit.PORTABLE)
+    for kind in ("chunked_attention", "linear_attention"):
+        with pytest.raises(ExportError, match=rf"blocks of a kind that cannot be exported; got {kind}; need full_att"):
+            refuse_untraceable(described(layer_types=["full_attention", kind]), Emit.PORTABLE)
+
+
+@pytest.mark.parametrize("field", ["max_position_embeddings", "num_attention_heads"])
+def test_models_without_positions_or_heads_are_refused_by_name(field: str) -> None:
+    with pytest.raises(ExportError, match=rf"is no decoder with attention .*; got a config without {field}"):
+        refuse_untraceable(described(**{field: None}), Emit.PORTABLE)
+
+
+def test_a_window_that_lives_in_the_mask_only_is_refused() -> None:
+    state = CacheState([], None, 3, CacheStyle.NONE)
+    config = SimpleNamespace(model_type="qwen2_moe", sliding_window=4096, layer_types=None)
+    state.allowed(None)
+    with pytest.raises(ExportError, match=r"the sliding window of qwen2_moe .* would be lost; got sliding_window 4096"):
+        require_window(config, state)
+    config.layer_types = ["full_attention"]
+    require_window(config, state)
+    config.layer_types = ["full_attention", "sliding_attention"]
+    state.allowed(4096)
+    require_window(config, state)
 
 
 def test_softcap_is_refused_in_modern_only() -> None:

@@ -16,16 +16,18 @@ import torch
 
 import exporter.build_bundle
 from exporter.build_bundle import build, make_verification
-from exporter.errors import VerifyError
+from exporter.errors import ExportError, VerifyError
 from exporter.graphs import Exported
 from exporter.reference import ReferenceResult
-from exporter.rounding import require_rounded
+from exporter.rounding import require_rounded, round_model
 from exporter.spec import BuildSpec, DType
 from exporter.verify import Measures, Scenario, Worst, compare, report_from_measures, require_passed
+from exporter.verify_bundle import verify_bundle
+from runtime.errors import MachineError
 from runtime.manifest import Check, Mode, VerifyLevel, VerifyReport
 from runtime.replay import Replay
 from tests.exporter.checkpoint_makers import write_lora
-from tests.exporter.tiny_builds import Built, named_sources, quick, write_lively_base
+from tests.exporter.tiny_builds import Built, load, named_sources, quick, write_lively_base
 
 VOCABULARY, PROMPT, NEW = 7, 4, 3
 FED = PROMPT + NEW - 1
@@ -280,6 +282,22 @@ def test_rounded_build(dtype: DType, modes: tuple[Mode, ...], tmp_path: Path, mo
     assert not (bundle.root / "twin").exists()
     stored = ir.load(bundle.root / "dynamic.onnx").graph.initializers["model.layers.0.mlp.down_proj.weight"]
     assert str(stored.dtype) == {"float16": "FLOAT16", "bfloat16": "BFLOAT16"}[dtype.value]
+    with pytest.raises(MachineError, match=rf"the numbers of a {dtype} bundle cannot be checked on the CPU"):
+        verify_bundle(bundle.root)
+    monkeypatch.undo()
+    results = verify_bundle(bundle.root, replace(spec, out=None), threads=1)
+    assert [(found.graph, found.against) for found in results] == [(m.value, "reference forward") for m in modes]
+
+
+def test_rounding_leaves_what_the_model_computes_for_itself(tmp_path: Path) -> None:
+    """Rotary frequencies in bf16 would be off by a radian at position 1000."""
+    base = write_lively_base(tmp_path / "base", num_hidden_layers=1)
+    model = load(base, *named_sources({"a": write_lora(tmp_path / "a", base, ("q_proj",), 2)})).model
+    before = model.model.rotary_emb.inv_freq.clone()
+    round_model(model, torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.model.rotary_emb.inv_freq.dtype is torch.float32
+    assert torch.equal(model.model.rotary_emb.inv_freq, before)
 
 
 def exported(operators: list[str], **weights: np.ndarray) -> Exported:
@@ -324,6 +342,25 @@ def test_another_operator_is_refused() -> None:
 def test_a_weight_without_twin_is_refused() -> None:
     with pytest.raises(VerifyError, match=r"weight w: .*; got no such weight in the fp32 twin"):
         require_rounded(exported(["Add"]), exported(["Add"], w=W32.astype(np.float16)))
+
+
+def test_a_weight_beyond_the_dtype_is_refused_with_a_hint() -> None:
+    large = W32 * 2
+    with np.errstate(over="ignore"):
+        rounded = exported(["Add"], w=large.astype(np.float16))
+    with pytest.raises(ExportError, match=r"weight w leaves the range of float16\. Fix: build with --dtype bfloat16"):
+        require_rounded(exported(["Add"], w=large), rounded)
+
+
+def test_constants_inside_the_graph_are_rounded_once_too() -> None:
+    proof, right, wrong = exported(["Add"]), exported(["Add"]), exported(["Add"])
+    frequencies = np.array([1.0, 0.1, 0.01], np.float32)
+    twice = frequencies.astype(np.float16).astype(np.float32)
+    for graph, values in ((proof, frequencies), (right, frequencies.astype(np.float16)), (wrong, twice)):
+        graph.model.graph.register_initializer(ir.Value(name="f", const_value=ir.tensor(values, name="f")))
+    require_rounded(proof, right)
+    with pytest.raises(VerifyError, match=r"constant f: .*; got values that no constant of the fp32 twin rounds to"):
+        require_rounded(proof, wrong)
 
 
 def test_rounding_towards_zero_is_refused() -> None:

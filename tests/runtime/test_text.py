@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from runtime.errors import InputError
 from runtime.text import StopFinder, Text, TextStream
@@ -115,6 +116,15 @@ def test_only_what_may_begin_a_stop_is_held_back() -> None:
     finder = StopFinder(["</end>"])
     assert [finder.push(piece) for piece in ("a<", "b</", "en", "x")] == ["a", "<b", "", "</enx"]
     assert not finder.is_hit
+
+
+def test_truncation_and_padding_left_in_the_file_are_switched_off(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="b"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert Text(tmp_path / "tokenizer.json").encode("a b a b a") == [0, 1, 0, 1, 0]
 
 
 def test_a_broken_tokenizer_is_a_user_error(tmp_path: Path) -> None:
