@@ -149,7 +149,9 @@ def _refuse_occupied(out: Path, overwrite: bool) -> None:
 @contextmanager
 def _target_lock(out: Path, wait_seconds: float) -> Iterator[None]:
     """Hold `.NAME.lock` beside the target: a kernel lock, so that a killed builder frees it. The file stays behind."""
-    lock = FileLock(out.parent / f".{out.name}.lock")
+    path = out.parent / f".{out.name}.lock"
+    path.touch()  # where no file can be made filelock would wait for one to appear
+    lock = FileLock(path)
     _acquire(lock, out, wait_seconds)
     try:
         yield

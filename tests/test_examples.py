@@ -1,0 +1,92 @@
+"""What the README shows, run on the demo checkpoint: its commands, its Python, and the tokens of PEFT."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runtime import GenerateOptions, complete, load
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHECKPOINT = ROOT / "examples" / "four-tasks"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where the README's relative paths hold, and what it writes does no harm."""
+    root = tmp_path_factory.mktemp("readme")
+    (root / "examples").symlink_to(ROOT / "examples")
+    return root
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def run(words: list[str], folder: Path) -> str:
+    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_commands_of_the_readme(folder: Path) -> None:
+    """The first block, line by line, as printed; the build's checks are cut to `quick`."""
+    commands = [shlex.split(line) for line in blocks("sh")[0].splitlines()]
+    assert [words[:3] for words in commands] == [
+        ["python", "-m", "exporter"], ["python", "-m", "exporter"], ["python", "-m", "runtime"],
+        ["python", "-m", "runtime"], ["python", "-m", "exporter"],
+    ]  # fmt: skip
+    quick = [[*words[1:], *(["--verify", "quick"] if words[3] == "build" else [])] for words in commands]
+    shown = [run(words, folder) for words in quick]
+    assert "can be exported" in shown[0]
+    assert "95" in shown[3].split(), "37 + 58"
+    assert "golden_tokens" in shown[4]
+
+
+def test_python_of_the_readme(folder: Path) -> None:
+    build, generate = blocks("python")
+    quick = build.replace("BuildSpec(", "BuildSpec(verify=VerifyLevel.QUICK, ")
+    assert "kld_mean" in run(["-c", f"from runtime.manifest import VerifyLevel\n{quick}"], folder)
+    shown = run(["-c", generate], folder)
+    assert "12345" in shown
+    assert "42 stop" in shown
+    assert "olleh stop" in shown or "reverse" not in generate
+
+
+def test_the_bundle_answers_like_peft(folder: Path) -> None:
+    """Six held-out items a task: the same tokens, nearly all of them right, and not the uniform mix's."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from demo_scores import MAX_NEW_TOKENS, load_static_mix, load_xlora, score
+    from demo_tasks import TASKS, read_items
+    from transformers import AutoTokenizer
+
+    every = read_items(CHECKPOINT / "heldout.jsonl")
+    items = [item for task in TASKS for item in [item for item in every if item.task == task][:6]]
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT / "base")
+    base, experts = CHECKPOINT / "base", [CHECKPOINT / "experts" / task for task in TASKS]
+    peft = score("X-LoRA", load_xlora(base, CHECKPOINT / "xlora"), tokenizer, items)
+    mixed = score("mix", load_static_mix(base, dict.fromkeys(experts, 0.25)), tokenizer, items)
+    if not (folder / "out" / "four-tasks").exists():
+        words = ["-m", "exporter", "build", "--adapters", "examples/four-tasks/xlora", "--verify", "quick"]
+        run([*words, "--out", "out/four-tasks"], folder)
+    with load(folder / "out" / "four-tasks") as model:
+        options = GenerateOptions(max_new_tokens=MAX_NEW_TOKENS)
+        answers = complete(model, [item.prompt for item in items], options)
+        shares = ",".join(f"{task}=0.25" for task in TASKS)
+        mix = complete(model, [item.prompt for item in items], GenerateOptions(MAX_NEW_TOKENS, mix=as_mix(shares)))
+    assert [list(answer.token_ids) for answer in answers] == peft.token_ids
+    assert [list(answer.token_ids) for answer in mix] == mixed.token_ids, "a mix is a row of the same graph"
+    assert peft.accuracy() > 0.9
+    assert mixed.accuracy() < 0.3
+
+
+def as_mix(text: str) -> dict[str, float]:
+    from runtime.mix import mix_from_text
+
+    return mix_from_text(text)
