@@ -133,6 +133,8 @@ def check_spec(spec: BuildSpec) -> None:
     """Refuse settings that contradict each other."""
     if not spec.adapters and spec.gate is None:
         raise ExportError("no adapters given", where="--adapters", need="an X-LoRA folder, or NAME=DIR of LoRA folders")
+    if spec.threads is not None and spec.threads < 1:
+        raise ExportError("threads", where="--threads", got=str(spec.threads), need="at least 1")
     if Mode.STATIC in spec.modes and spec.mix is None:
         raise ExportError("a static graph needs a mix", where="--mode static", fix="--mix math=0.7,code=0.3")
     if Mode.STATIC not in spec.modes and spec.mix is not None:

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _fail("error: not enough memory", MachineError.exit_code)
     except ModuleNotFoundError as error:
-        fix = "pip install '.[export,cpu]' in the source folder"
+        fix = "activate the environment (. .venv/bin/activate), or pip install '.[export,cpu]' in the source folder"
         return _fail(f"error: the package {error.name} is not installed. Fix: {fix}", MachineError.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was published", INTERRUPTED)
@@ -135,6 +135,8 @@ def verify(args: argparse.Namespace) -> int:
     if args.adapters or args.base or args.gate:
         _silence_transformers()
         sources = BuildSpec(tuple(args.adapters), args.base, args.gate, verify=args.verify, threads=args.threads)
+    elif args.verify:
+        raise InputError("--verify chooses the checks against the sources", got="no sources", fix="add --adapters")
     results = verify_bundle(args.bundle, sources, threads=args.threads)
     for result in results:
         print(f"graph {result.graph} against its {result.against}:")

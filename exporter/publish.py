@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -127,6 +128,11 @@ def _checked_target(out: Path) -> Path:
         raise ExportError(
             "not a name for a bundle", where=str(out)[:300], need="a folder name of 1 to 180 bytes", code="E_PATH"
         )
+    for parent in target.parents:
+        if os.path.lexists(parent):
+            if not parent.is_dir():
+                raise ExportError("lies inside a file", where=str(out), got=str(parent), need="a folder", code="E_PATH")
+            break
     return target
 
 
@@ -149,9 +155,9 @@ def _refuse_occupied(out: Path, overwrite: bool) -> None:
 @contextmanager
 def _target_lock(out: Path, wait_seconds: float) -> Iterator[None]:
     """Hold `.NAME.lock` beside the target: a kernel lock, so that a killed builder frees it. The file stays behind."""
-    path = out.parent / f".{out.name}.lock"
-    path.touch()  # where no file can be made filelock would wait for one to appear
-    lock = FileLock(path)
+    with tempfile.TemporaryFile(dir=out.parent):
+        pass  # where no file can be made, filelock would wait for one to appear
+    lock = FileLock(out.parent / f".{out.name}.lock")
     _acquire(lock, out, wait_seconds)
     try:
         yield
@@ -164,7 +170,7 @@ def _acquire(lock: BaseFileLock, out: Path, wait_seconds: float) -> None:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            logger.info("%s is being built by another process; waiting", out)
+            logger.warning("%s is being built by another process; waiting", out)
             lock.acquire(timeout=wait_seconds)
         if type(lock).__name__ == "SoftFileLock":  # filelock's own fallback; a killed builder would hold it for ever
             lock.release()

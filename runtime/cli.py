@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"error: {error}", error.exit_code)
     except MemoryError:
         return _fail("error: not enough memory. Fix: shorter prompts or a smaller --batch-size", MachineError.exit_code)
+    except ModuleNotFoundError as error:
+        fix = "activate the environment (. .venv/bin/activate), or pip install '.[cpu]' in the source folder"
+        return _fail(f"error: the package {error.name} is not installed. Fix: {fix}", MachineError.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader, such as `head`, has enough

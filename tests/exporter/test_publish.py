@@ -353,3 +353,20 @@ def test_only_bundles_count_as_bundles(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "x/golden")
     assert holds_only_a_bundle(tmp_path / "x")
     assert not holds_only_a_bundle(tmp_path)
+
+
+def test_a_target_inside_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ExportError, match="lies inside a file"), stage(tmp_path / "notes.txt" / "toy"):
+        pytest.fail("the stage opened")
+
+
+def test_a_place_where_no_file_can_be_made_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """filelock would wait for its file to appear, ten minutes long."""
+
+    def nowhere(**_: object) -> object:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr("exporter.publish.tempfile.TemporaryFile", nowhere)
+    with pytest.raises(MachineError, match="nothing was published"), stage(tmp_path / "toy"):
+        pytest.fail("the stage opened")
