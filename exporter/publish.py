@@ -10,7 +10,6 @@ import os
 import re
 import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -155,8 +154,6 @@ def _refuse_occupied(out: Path, overwrite: bool) -> None:
 @contextmanager
 def _target_lock(out: Path, wait_seconds: float) -> Iterator[None]:
     """Hold `.NAME.lock` beside the target: a kernel lock, so that a killed builder frees it. The file stays behind."""
-    with tempfile.TemporaryFile(dir=out.parent):
-        pass  # where no file can be made, filelock would wait for one to appear
     lock = FileLock(out.parent / f".{out.name}.lock")
     _acquire(lock, out, wait_seconds)
     try:
@@ -170,6 +167,8 @@ def _acquire(lock: BaseFileLock, out: Path, wait_seconds: float) -> None:
         try:
             lock.acquire(timeout=0)
         except Timeout:
+            if not os.path.exists(lock.lock_file):  # where no file can be made, filelock waits for one to appear
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(out.parent)) from None
             logger.warning("%s is being built by another process; waiting", out)
             lock.acquire(timeout=wait_seconds)
         if type(lock).__name__ == "SoftFileLock":  # filelock's own fallback; a killed builder would hold it for ever

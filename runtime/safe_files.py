@@ -193,6 +193,8 @@ class Tree:
         if not stat.S_ISREG(info.st_mode):
             what = f"is a {_kind(info.st_mode)}"
             return InputError(what, where=self.where(path), need="a regular file", code="E_KIND")
+        if info.st_nlink == 0:  # removed since it was opened, by a build that put another bundle here
+            return InputError("the file is missing", where=self.where(path), code="E_MISSING")
         return self._link(path, f"a file with {info.st_nlink} names (hard links)") if info.st_nlink != 1 else None
 
     def unlisted(self, path: str, kind: str = "file") -> InputError:

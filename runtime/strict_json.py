@@ -11,10 +11,7 @@ MAX_VALUES = 250_000  # brackets, braces and commas: bounds the memory a small h
 
 def parse(data: bytes, *, max_bytes: int, max_values: int = MAX_VALUES) -> object:
     """The value of `data`, or a ValueError that says in one line what is wrong with it."""
-    if len(data) > max_bytes:
-        raise ValueError(f"has more than {max_bytes} bytes")
-    if sum(data.count(mark) for mark in (b"[", b"{", b",")) > max_values:
-        raise ValueError(f"holds more than {max_values} values")
+    check_size(data, max_bytes=max_bytes, max_values=max_values)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -25,6 +22,14 @@ def parse(data: bytes, *, max_bytes: int, max_values: int = MAX_VALUES) -> objec
         raise ValueError("is nested too deeply") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON: {error}") from error
+
+
+def check_size(data: bytes, *, max_bytes: int, max_values: int) -> None:
+    """Raise ValueError for what would cost too much to parse; cheap itself."""
+    if len(data) > max_bytes:
+        raise ValueError(f"has more than {max_bytes} bytes")
+    if sum(data.count(mark) for mark in (b"[", b"{", b",")) > max_values:
+        raise ValueError(f"holds more than {max_values} values")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -29,8 +29,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def parse_object(data: bytes, where: str, max_depth: int = MAX_DEPTH, max_items: int = MAX_ITEMS) -> dict[str, Any]:
     """The JSON object in `data`; everything else is refused."""
-    _check_nesting(data, where, max_depth)
     try:
+        strict_json.check_size(data, max_bytes=len(data), max_values=max_items)
+        _check_nesting(data, where, max_depth)
         value = strict_json.parse(data, max_bytes=len(data), max_values=max_items)
     except ValueError as error:
         what = f"is not valid JSON: it {str(error)[:200]}"
@@ -42,9 +43,8 @@ def parse_object(data: bytes, where: str, max_depth: int = MAX_DEPTH, max_items:
 
 def _check_nesting(data: bytes, where: str, max_depth: int) -> None:
     """Measure before parsing: Python's parser recurses."""
-    depth = deepest = 0
+    depth = 0
     for byte in _NOT_BRACKET.sub(b"", _STRING.sub(b"", data)):
         depth += 1 if byte in b"[{" else -1
-        deepest = max(deepest, depth)
-    if deepest > max_depth:
-        raise ExportError("is nested too deeply", where=where, need=f"at most {max_depth} levels", code="E_JSON")
+        if depth > max_depth:
+            raise ExportError("is nested too deeply", where=where, need=f"at most {max_depth} levels", code="E_JSON")

@@ -364,9 +364,9 @@ def test_a_target_inside_a_file_is_refused(tmp_path: Path) -> None:
 def test_a_place_where_no_file_can_be_made_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """filelock would wait for its file to appear, ten minutes long."""
 
-    def nowhere(**_: object) -> object:
-        raise FileNotFoundError(2, "No such file or directory")
+    def never(self: filelock.FileLock, **_: object) -> None:
+        raise filelock.Timeout(self.lock_file)
 
-    monkeypatch.setattr("exporter.publish.tempfile.TemporaryFile", nowhere)
+    monkeypatch.setattr(filelock.FileLock, "acquire", never)
     with pytest.raises(MachineError, match="nothing was published"), stage(tmp_path / "toy"):
         pytest.fail("the stage opened")
