@@ -218,15 +218,10 @@ def export_static(
     row = mix_row(spec.mix, [expert.name for expert in parts.inputs.adapters.experts])
     shape = signature_shape(model, 0, 0, gate=False, dtype=dtype, cache=cache_style(spec))
     sites = [site for site in parts.sites if (row @ site.weights).any()]
-    if twin is None:
-        folded = folded_weights(model, sites, row, "static")
-    else:
-        folded = rounded_weights(twin, getattr(torch, dtype.value), "static")
-    store.write("static", folded)
-    changed = {weight.name.removeprefix("static/"): weight.name for weight in folded}
+    torch_dtype = getattr(torch, dtype.value)
+    changed = rounded_weights(twin, torch_dtype) if twin else folded_weights(model, sites, row)
     with untied(model, sites) as twins:
-        stored_twins = {name: twin for name, twin in twins.items() if twin in store.stored}
-        plan = GraphPlan("static", signature_from_shape(shape), spec.emit, changed=stored_twins | changed)
+        plan = GraphPlan("static", signature_from_shape(shape), spec.emit, changed=changed, twins=twins)
         return Exported(graph_info(plan, Mode.STATIC, spec.mix), export_graph(model, plan, store), store)
 
 

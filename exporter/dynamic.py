@@ -1,93 +1,20 @@
-"""Dynamic mode: base modules replaced by gated ones, and the traced model around them."""
+"""Dynamic mode: the traced model, with gated modules in place of the adapted ones."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from exporter.attention import ATTENTION_NAME, CacheState, require_window
 from exporter.gate import Gate
+from exporter.gated import Columns, StepState, gated_modules, pick
 from exporter.sites import Site, SiteKind
 from runtime.signature import CacheStyle
-
-
-@dataclass(slots=True)
-class StepState:
-    """What gated modules and the head read and leave during one forward of the traced model."""
-
-    columns: Sequence[torch.Tensor] = ()  # per site [B, S, R]: the factor of every rank column
-    logit_index: torch.Tensor | None = None  # [B, K]
-    hidden: torch.Tensor | None = None  # [B, S, H] after the final norm
-
-
-class Columns(nn.Module):
-    """scalings [B, S, G, E] -> the factors s . weights of every rank column, of all sites in one lookup.
-
-    A column belongs to one expert, so weights [E, R] has one entry a column: its place `index` and its value `scale`.
-    """
-
-    def __init__(self, sites: Sequence[Site], experts: int, *, shared: bool) -> None:
-        super().__init__()
-        index = [site.weights.abs().argmax(0) + (0 if shared else site.index * experts) for site in sites]
-        self.index = nn.Parameter(torch.cat(index), requires_grad=False)
-        self.scale = nn.Parameter(torch.cat([site.weights.sum(0) for site in sites]), requires_grad=False)
-        self.ranks = [site.weights.shape[1] for site in sites]
-
-    def forward(self, scalings: torch.Tensor) -> Sequence[torch.Tensor]:
-        factors = scalings.flatten(2).index_select(2, self.index) * self.scale  # [B, S, sum of R]
-        return factors.split(self.ranks, dim=-1)
-
-
-LORA_LEAVES = ("lora_a", "lora_b")
-
-
-class GatedModule(nn.Module):
-    """A base module plus the gated low-rank update of its site: y = W x + ((x aT) * (s . weights)) bT."""
-
-    def __init__(self, base: nn.Module, site: Site, state: StepState) -> None:
-        super().__init__()
-        self.base = base
-        self.path = site.path
-        self.site = site.index
-        self.state = state
-        dtype = next(base.parameters()).dtype
-        self.lora_a = nn.Parameter(site.a.to(dtype), requires_grad=False)
-        self.lora_b = nn.Parameter(site.b.to(dtype), requires_grad=False)
-
-    def columns(self) -> torch.Tensor:
-        """The factor of every rank column of this site: s . weights, [B, S, R]."""
-        return self.state.columns[self.site]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base(x) + F.linear(F.linear(x, self.lora_a) * self.columns().to(x.dtype), self.lora_b)
-
-
-class GatedEmbedding(GatedModule):
-    """Token lookup in a (kept as [vocab, R]), gated, then b; times the base's embed_scale (PEFT lora.Embedding)."""
-
-    def __init__(self, base: nn.Module, site: Site, state: StepState) -> None:
-        super().__init__(base, site, state)
-        self.lora_a = nn.Parameter(self.lora_a.T.contiguous(), requires_grad=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        looked_up = F.embedding(x, self.lora_a)
-        delta = F.linear(looked_up * self.columns().to(looked_up.dtype), self.lora_b)
-        scale = getattr(self.base, "embed_scale", None)
-        return self.base(x) + (delta if scale is None else delta * scale.to(delta.dtype))
-
-
-class GatedHead(GatedModule):
-    """An adapted lm_head: sees only the picked positions, so its scalings are picked too."""
-
-    def columns(self) -> torch.Tensor:
-        assert self.state.logit_index is not None
-        return pick(super().columns(), self.state.logit_index)
 
 
 class PickingHead(nn.Module):
@@ -102,32 +29,6 @@ class PickingHead(nn.Module):
         assert self.state.logit_index is not None
         self.state.hidden = hidden
         return self.head(pick(hidden, self.state.logit_index))
-
-
-def pick(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows of x [B, S, D] at index [B, K] -> [B, K, D]."""
-    return torch.gather(x, 1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
-GATED: Mapping[SiteKind, type[GatedModule]] = {
-    SiteKind.LINEAR: GatedModule,
-    SiteKind.CONV1D: GatedModule,
-    SiteKind.EMBEDDING: GatedEmbedding,
-    SiteKind.LM_HEAD: GatedHead,
-}
-
-
-@contextmanager
-def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put `modules` in place of the ones at their paths; the model gets its own modules back at the end."""
-    originals = {path: model.get_submodule(path) for path in modules}
-    try:
-        for path, module in modules.items():
-            model.set_submodule(path, module)
-        yield
-    finally:
-        for path, module in originals.items():
-            model.set_submodule(path, module)
 
 
 class TracedModel(nn.Module):
@@ -153,6 +54,7 @@ class TracedModel(nn.Module):
         past: Sequence[torch.Tensor],  # per block: keys, values [B, Hkv, C, D]
     ) -> tuple[torch.Tensor, ...]:
         self.state.logit_index = logit_index
+        self.state.down.clear()
         if self.columns is not None and scalings is not None:
             self.state.columns = self.columns(scalings)
         cache = CacheState(past, cache_lengths, input_ids.shape[1], self.cache)
@@ -174,8 +76,10 @@ def traced_model(
     `shared`: all sites read the same scalings (G = 1).
     """
     state = StepState()
-    columns = Columns(sites, sites[0].weights.shape[0], shared=shared) if sites else None
-    modules: dict[str, nn.Module] = {s.path: GATED[s.kind](model.get_submodule(s.path), s, state) for s in sites}
+    groups = grouped_by_input(model, sites)
+    columns = Columns(groups, sites[0].weights.shape[0], shared=shared) if sites else None
+    bases = {site.path: model.get_submodule(site.path) for site in sites}
+    modules: dict[str, nn.Module] = {**gated_modules(bases, groups, state)}
     head = head_path(model)
     modules[head] = PickingHead(modules.get(head, model.get_submodule(head)), state)
     attention = model.config._attn_implementation
@@ -185,6 +89,45 @@ def traced_model(
             yield TracedModel(model, state, gate, columns, cache).eval()
     finally:
         model.config._attn_implementation = attention
+
+
+def grouped_by_input(model: PreTrainedModel, sites: Sequence[Site]) -> list[list[Site]]:
+    """Sites whose modules read the very same tensor (q, k and v; gate and up), each group in site order.
+
+    Found by one forward of the model in fake tensors, which reads no weight. Embeddings and heads stay alone.
+    """
+    read: dict[str, torch.Tensor] = {}  # kept alive, so that no identity comes back for another tensor
+    linear = [site for site in sites if site.kind in (SiteKind.LINEAR, SiteKind.CONV1D)]
+    hooks = [
+        model.get_submodule(site.path).register_forward_pre_hook(
+            lambda _, inputs, path=site.path: read.setdefault(path, inputs[0])
+        )
+        for site in linear
+    ]
+    try:
+        if linear:
+            with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+                model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    groups: dict[object, list[Site]] = {}
+    for site in sites:
+        groups.setdefault(id(read[site.path]) if site.path in read else site.path, []).append(site)
+    return list(groups.values())
+
+
+@contextmanager
+def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put `modules` in place of the ones at their paths; the model gets its own modules back at the end."""
+    originals = {path: model.get_submodule(path) for path in modules}
+    try:
+        for path, module in modules.items():
+            model.set_submodule(path, module)
+        yield
+    finally:
+        for path, module in originals.items():
+            model.set_submodule(path, module)
 
 
 def head_path(model: PreTrainedModel) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel
 from exporter.errors import ExportError
 from exporter.sites import Site, SiteKind
 from exporter.store import Weight, WeightStore
+
+PREFIX = "static/"  # of the stored names of changed weights
 
 
 def mix_row(mix: Mapping[str, float], experts: Sequence[str]) -> torch.Tensor:
@@ -40,25 +43,24 @@ def folded_weight(base: torch.Tensor, site: Site, row: torch.Tensor) -> torch.Te
     return (base.float() + delta).to(base.dtype)
 
 
-def folded_weights(model: nn.Module, sites: Iterable[Site], row: torch.Tensor, prefix: str) -> list[Weight]:
-    """The changed weights, computed when the store writes them, under the name PREFIX/<parameter>."""
+def folded_weights(model: nn.Module, sites: Iterable[Site], row: torch.Tensor) -> dict[str, Weight]:
+    """Parameter -> what stands in its place, computed when the store writes it, under the name static/<parameter>."""
 
-    def weight(site: Site) -> Weight:
-        base = model.get_parameter(f"{site.path}.weight")
-        return Weight(
-            f"{prefix}/{site.path}.weight", base.dtype, tuple(base.shape), lambda: folded_weight(base, site, row)
-        )
+    def weight(name: str, site: Site) -> Weight:
+        base = model.get_parameter(name)
+        return Weight(f"{PREFIX}{name}", base.dtype, tuple(base.shape), lambda: folded_weight(base, site, row))
 
-    return [weight(site) for site in sites]
+    return {name: weight(name, site) for site in sites for name in [f"{site.path}.weight"]}
 
 
-def rounded_weights(folded: WeightStore, dtype: torch.dtype, prefix: str) -> list[Weight]:
+def rounded_weights(folded: WeightStore, dtype: torch.dtype) -> dict[str, Weight]:
     """The changed weights of an fp32 build, rounded once to `dtype`; folding rounded weights would round twice."""
-    return [
-        Weight(name, dtype, stored.shape, lambda name=name: folded.read(name).to(dtype))  # type: ignore[misc]
-        for name, stored in folded.stored.items()
-        if name.startswith(f"{prefix}/")
-    ]
+    return {weight.name.removeprefix(PREFIX): rounded(weight, dtype) for weight in folded.weights(PREFIX)}
+
+
+def rounded(weight: Weight, dtype: torch.dtype) -> Weight:
+    """The same weight in another dtype."""
+    return replace(weight, dtype=dtype, load=lambda: weight.load().to(dtype))
 
 
 @contextmanager

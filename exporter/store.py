@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 
 FOLDER = "weights"
+TRANSPOSED = ".T"  # ends the name of a matrix that lies transposed, [in, out]: that is how products read it
 # Data starts on a page, so that a memory map of any tensor is aligned as well as the file can be.
 HEADER_ALIGNMENT = 4096
 
@@ -38,6 +39,18 @@ class Weight:
     def size(self) -> int:
         """Bytes."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+def transposed(weight: Weight) -> Weight:
+    """A matrix the other way round, under NAME.T."""
+    return Weight(f"{weight.name}{TRANSPOSED}", weight.dtype, weight.shape[::-1], lambda: weight.load().T)
+
+
+def upright(weight: Weight) -> Weight:
+    """The same under NAME if it is a NAME.T, else as it is."""
+    if not weight.name.endswith(TRANSPOSED):
+        return weight
+    return Weight(weight.name.removesuffix(TRANSPOSED), weight.dtype, weight.shape[::-1], lambda: weight.load().T)
 
 
 def weight_from_tensor(name: str, tensor: torch.Tensor) -> Weight:
@@ -92,6 +105,14 @@ class WeightStore:
         stored = self.stored[name]
         data = np.fromfile(self.root / stored.path, np.uint8, stored.length, offset=stored.offset)
         return torch.from_numpy(data).view(stored.dtype).reshape(stored.shape)
+
+    def weights(self, prefix: str) -> list[Weight]:
+        """The stored tensors whose names begin so, all the right way round."""
+        return [
+            upright(Weight(name, stored.dtype, stored.shape, lambda name=name: self.read(name)))  # type: ignore[misc]
+            for name, stored in self.stored.items()
+            if name.startswith(prefix)
+        ]
 
     def external(self, name: str) -> ir.ExternalTensor:
         """The stored tensor as an initializer value of a graph that lies in the store's root."""

@@ -11,11 +11,15 @@ from exporter.passes.fold_shapes import FoldShapesPass
 from exporter.passes.fuse_modern import FuseModernPass
 from exporter.passes.name_weights import NameWeightsPass
 from exporter.passes.simplify import SimplifyPass
+from exporter.passes.transpose_weights import TransposeWeightsPass
 from runtime.manifest import Emit
 
 
-def run_passes(model: ir.Model, weight_names: Mapping[str, str], emit: Emit) -> ir.Model:
-    """Rewrite a fresh trace in place into what the bundle holds."""
+def run_passes(model: ir.Model, weight_names: Mapping[str, str], transposes: Mapping[str, str], emit: Emit) -> ir.Model:
+    """Rewrite a fresh trace in place into what the bundle holds.
+
+    `weight_names`: traced name -> ours; `transposes`: our name -> the one of its transpose, where there may be one.
+    """
     weights = frozenset(weight_names.values())
     passes: list[ir.passes.InPlacePass] = [
         NameWeightsPass(weight_names),
@@ -26,6 +30,7 @@ def run_passes(model: ir.Model, weight_names: Mapping[str, str], emit: Emit) -> 
         FoldShapesPass(weights),
         *([FuseModernPass(), common.CommonSubexpressionEliminationPass()] if emit is Emit.MODERN else []),
         common.RemoveUnusedNodesPass(),
+        TransposeWeightsPass(transposes),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.TopologicalSortPass(),
         common.ClearMetadataAndDocStringPass(),  # source paths and stack traces

@@ -13,6 +13,8 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 
+from exporter.store import TRANSPOSED
+
 Floats = NDArray[np.float32]
 
 
@@ -22,28 +24,32 @@ def copy_of(bundle: Path, folder: Path) -> Path:
 
 
 def edit_weight(folder: Path, name: str, change: Callable[[NDArray[Any]], NDArray[Any]]) -> None:
-    """Replace a stored fp32 or int64 tensor by `change(tensor)`, where it lies."""
+    """Replace a stored fp32 or int64 tensor by `change(tensor)`, where it lies; a NAME.T is changed as NAME."""
     for path in sorted((folder / "weights").glob("*.safetensors")):
         data = bytearray(path.read_bytes())
         length = int.from_bytes(data[:8], "little")
-        entry = json.loads(data[8 : 8 + length]).get(name)
+        header = json.loads(data[8 : 8 + length])
+        entry = header.get(name) or header.get(name + TRANSPOSED)
         if entry is None:
             continue
+        is_transposed = name not in header
         start, end = (8 + length + offset for offset in entry["data_offsets"])
         dtype = {"F32": np.float32, "I64": np.int64}[entry["dtype"]]
         old = np.frombuffer(bytes(data[start:end]), dtype).reshape(entry["shape"])
-        data[start:end] = np.ascontiguousarray(change(old.copy()), dtype).tobytes()
+        new = change(old.T.copy()).T if is_transposed else change(old.copy())
+        data[start:end] = np.ascontiguousarray(new, dtype).tobytes()
         path.write_bytes(data)
         return
     raise AssertionError(f"no weight {name}")
 
 
 def weight_names(folder: Path) -> list[str]:
-    """All stored tensors."""
+    """All stored tensors; a NAME.T is called NAME."""
     names: list[str] = []
     for path in sorted((folder / "weights").glob("*.safetensors")):
         data = path.read_bytes()
-        names += [key for key in json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]) if key != "__metadata__"]
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        names += [key.removesuffix(TRANSPOSED) for key in header if key != "__metadata__"]
     return names
 
 

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from exporter.build_bundle import build
 from exporter.errors import ExportError
 from exporter.spec import CacheChoice
+from exporter.store import TRANSPOSED
 from runtime.manifest import Emit, Mode, SiteInfo, TopkSoftmax
 from runtime.signature import SCALINGS, CacheStyle
 from tests.exporter.checkpoint_makers import write_lora
@@ -71,12 +72,18 @@ def test_every_parameter_lies_in_the_store_under_its_checkpoint_name(family: str
     built = family_build(family)
     stored: dict[str, np.ndarray] = {}
     for path in sorted((built.bundle.root / "weights").glob("*.safetensors")):
-        stored |= load_file(path)
+        stored |= {
+            name.removesuffix(TRANSPOSED): value.T if name.endswith(TRANSPOSED) else value
+            for name, value in load_file(path).items()
+        }
     base = load_file(built.checkpoint.base / "model.safetensors")
     tied = {"lm_head.weight"} - base.keys()
     assert base.keys() - tied <= stored.keys()
     assert all((stored[name] == base[name]).all() for name in base)
     graph = ir.load(built.bundle.root / "dynamic.onnx").graph
+    for value in graph.initializers.values():
+        readers = {use.node.op_type for use in value.uses()}
+        assert readers != {"Transpose"}, "an engine would copy this when it loads"
     inside = [value.const_value for value in graph.initializers.values() if value.const_value is not None]
     floats = [t for t in inside if t.dtype.is_floating_point() and not isinstance(t, ir.ExternalTensor)]
     assert max(tensor.size for tensor in floats) <= 4, "a copy of a weight"

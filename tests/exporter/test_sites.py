@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from exporter.adapters import AdapterSet, Expert, LoraDelta
-from exporter.dynamic import GATED, Columns, StepState, replaced
+from exporter.dynamic import grouped_by_input, replaced
 from exporter.errors import ExportError
+from exporter.gated import Columns, StepState, gated_modules, joined_path
 from exporter.reference import LoopedEmbedding, LoopedModule, _Scalings
 from exporter.sites import SiteKind, stack
 from tests.exporter.test_gate import config
@@ -93,8 +94,10 @@ def gated_and_looped(kind: SiteKind, adapters: AdapterSet, groups: int) -> tuple
     x = torch.randn(BATCH, TOKENS, WIDTH, generator=generator)
     x = torch.randint(0, WIDTH, (BATCH, TOKENS), generator=generator) if is_embedding else x
     picked = torch.tensor([[4, 0], [2, 2]])
-    columns = Columns(stacked, EXPERTS, shared=scalings.shape[2] == 1)
+    sites = [[stacked[0]], [stacked[1]]]
+    columns = Columns(sites, EXPERTS, shared=scalings.shape[2] == 1)
     state = StepState(columns(scalings), picked)
+    gated = gated_modules({"first": base_module(SiteKind.LINEAR), "second": base}, sites, state)[site.path]
     raw = _Scalings()
     raw.value = scalings.expand(-1, -1, 2, -1)
     deltas = [expert.deltas.get("second") for expert in adapters.experts]
@@ -103,8 +106,8 @@ def gated_and_looped(kind: SiteKind, adapters: AdapterSet, groups: int) -> tuple
         expected = looped(x)
         if kind is SiteKind.LM_HEAD:
             rows = torch.arange(BATCH)[:, None]
-            return GATED[kind](base, site, state)(x[rows, picked]), expected[rows, picked]
-        return GATED[kind](base, site, state)(x), expected
+            return gated(x[rows, picked]), expected[rows, picked]
+        return gated(x), expected
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -134,3 +137,44 @@ def test_the_model_gets_its_own_modules_back() -> None:
     with pytest.raises(RuntimeError, match="inside"):
         failing_inside(model)
     assert model[1] is own
+
+
+class Block(nn.Module):
+    """Two readers of one tensor, a third of another, and one that the forward never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o, self.k, self.unused = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+        x = torch.zeros(*input_ids.shape, WIDTH)
+        return self.o(self.q(x) + self.k(x))
+
+
+def test_sites_that_read_one_tensor_are_one_group() -> None:
+    model = Block()
+    paths = ("q", "o", "k", "unused")
+    sites = stack(experts(paths, (), ()), [(path, SiteKind.LINEAR) for path in paths])
+    groups = grouped_by_input(model, sites)  # type: ignore[arg-type]
+    assert [[site.path for site in group] for group in groups] == [["q", "k"], ["o"], ["unused"]]
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_groups_product_is_computed_once_a_tensor() -> None:
+    bases = {path: base_module(SiteKind.LINEAR) for path in ("q", "k")}
+    group = stack(experts(("q", "k"), ("k",), ("q",)), [(path, SiteKind.LINEAR) for path in bases])
+    state = StepState(Columns([group], EXPERTS, shared=True)(torch.ones(1, 1, 1, EXPERTS)))
+    gated = gated_modules(bases, [group], state)
+    down = gated["q"].down
+    assert down is gated["k"].down
+    x, other = torch.ones(1, 1, WIDTH), torch.zeros(1, 1, WIDTH)
+    assert down(x) is down(x)
+    assert down(other) is not down(x), "another tensor is another product"
+    assert [part.shape[-1] for part in down(x)] == [site.a.shape[0] for site in group]
+
+
+def test_a_groups_path_names_its_sites() -> None:
+    assert joined_path(["h.0.attn.q", "h.0.attn.k"]) == "h.0.attn.q+k"
+    assert joined_path(["h.0.attn.q"]) == "h.0.attn.q"
+    assert joined_path(["h.0.a.q", "h.0.b.q"]) == "h.0.a.q+b.q"
+    assert joined_path(["q", "k"]) == "q+k"

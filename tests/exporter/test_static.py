@@ -62,8 +62,7 @@ FOLDS = {
 
 def folded(parts: Parts, mix: dict[str, float]) -> dict[str, torch.Tensor]:
     row = mix_row(mix, [expert.name for expert in parts.inputs.adapters.experts])
-    weights = folded_weights(parts.model, parts.sites, row, "static")
-    return {weight.name.removeprefix("static/"): weight.load() for weight in weights}
+    return {name: weight.load() for name, weight in folded_weights(parts.model, parts.sites, row).items()}
 
 
 @pytest.mark.parametrize("case", FOLDS)

@@ -21,6 +21,7 @@ from exporter.graphs import Exported
 from exporter.reference import ReferenceResult
 from exporter.rounding import require_rounded, round_model
 from exporter.spec import BuildSpec, DType
+from exporter.store import TRANSPOSED
 from exporter.verify import Measures, Scenario, Worst, compare, report_from_measures, require_passed
 from exporter.verify_bundle import verify_bundle
 from runtime.errors import MachineError
@@ -227,7 +228,7 @@ def test_a_build_whose_graph_is_wrong_publishes_nothing(tmp_path: Path, monkeypa
 
 def alter_first_byte(exported: Exported, name: str) -> Callable[[], None]:
     """Flip the lowest bit of a stored weight; returns what undoes it."""
-    stored = exported.store.stored[name]
+    stored = exported.store.stored[f"{name}{TRANSPOSED}"]
     path = exported.store.root / stored.path
     before = path.read_bytes()
     flipped = bytearray(before)
@@ -262,7 +263,7 @@ def test_rounded_build(dtype: DType, modes: tuple[Mode, ...], tmp_path: Path, mo
         undo = alter_first_byte(rounded, own + altered)
         with pytest.raises(
             VerifyError,
-            match=rf"graph {rounded.info.name}, weight {altered}: the rounded graph is not its verified fp32 twin; "
+            match=rf"graph {rounded.info.name}, weight {altered}\.T: the rounded graph is not its verified fp32 twin; "
             r"got values that are not the fp32 weights rounded to nearest",
         ):
             require_rounded(proof, rounded)
@@ -280,7 +281,7 @@ def test_rounded_build(dtype: DType, modes: tuple[Mode, ...], tmp_path: Path, mo
         assert all(check.passed for check in found.checks)
     assert bundle.manifest.base.dtype == dtype.value
     assert not (bundle.root / "twin").exists()
-    stored = ir.load(bundle.root / "dynamic.onnx").graph.initializers["model.layers.0.mlp.down_proj.weight"]
+    stored = ir.load(bundle.root / "dynamic.onnx").graph.initializers["model.layers.0.mlp.down_proj.weight.T"]
     assert str(stored.dtype) == {"float16": "FLOAT16", "bfloat16": "BFLOAT16"}[dtype.value]
     with pytest.raises(MachineError, match=rf"the numbers of a {dtype} bundle cannot be checked on the CPU"):
         verify_bundle(bundle.root)

@@ -191,7 +191,7 @@ def failed(report: VerifyReport) -> dict[str, Check]:
 def assert_wide_margin(checks: Sequence[Check]) -> None:
     """A right export lies far below every limit: where a limit is near the noise, a bug next to it is not seen."""
     for check in checks:
-        assert check.value * (3 if check.name == "gate" else 100) <= check.limit, shown(checks)
+        assert check.value * (3 if check.name == "gate" else 50) <= check.limit, shown(checks)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

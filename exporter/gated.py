@@ -1,0 +1,163 @@
+"""Gated modules: base modules plus the gated low-rank update of their site, ready to be traced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from exporter.sites import Site, SiteKind
+
+
+@dataclass(slots=True)
+class StepState:
+    """What gated modules and the head read and leave during one forward of the traced model."""
+
+    columns: Sequence[torch.Tensor] = ()  # per group [B, S, R]: the factor of every rank column
+    logit_index: torch.Tensor | None = None  # [B, K]
+    hidden: torch.Tensor | None = None  # [B, S, H] after the final norm
+    down: dict[int, tuple[torch.Tensor, Sequence[torch.Tensor]]] = field(default_factory=dict)  # per group: x, parts
+
+
+class Columns(nn.Module):
+    """scalings [B, S, G, E] -> the factors s . weights of every rank column, of all groups in one lookup.
+
+    A column belongs to one expert, so weights [E, R] has one entry a column: its place `index` and its value `scale`.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Site]], experts: int, *, shared: bool) -> None:
+        super().__init__()
+        sites = [site for group in groups for site in group]
+        index = [site.weights.abs().argmax(0) + (0 if shared else site.index * experts) for site in sites]
+        self.index = nn.Parameter(torch.cat(index), requires_grad=False)
+        self.scale = nn.Parameter(torch.cat([site.weights.sum(0) for site in sites]), requires_grad=False)
+        self.ranks = [sum(site.weights.shape[1] for site in group) for group in groups]
+
+    def forward(self, scalings: torch.Tensor) -> Sequence[torch.Tensor]:
+        factors = scalings.flatten(2).index_select(2, self.index) * self.scale  # [B, S, sum of R]
+        return factors.split(self.ranks, dim=-1)
+
+
+class Down(nn.Module):
+    """x -> (x aT) * (s . weights) for all sites of a group, which read one tensor: one product for q, k and v.
+
+    Small products do not keep two cores busy: on a CPU three of [in, 64] take twice as long as one of [in, 192].
+    """
+
+    def __init__(self, group: Sequence[Site], number: int, state: StepState, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.path = joined_path([site.path for site in group])
+        self.number = number
+        self.state = state
+        self.ranks = [site.a.shape[0] for site in group]
+        self.lora_a = nn.Parameter(torch.cat([site.a for site in group]).to(dtype), requires_grad=False)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x aT, [B, S, sum of R]."""
+        return F.linear(x, self.lora_a)
+
+    def factors(self) -> torch.Tensor:
+        """The factor of every rank column of the group: s . weights, [B, S, sum of R]."""
+        return self.state.columns[self.number]
+
+    def forward(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """One [B, S, R] a site; the group's first site computes, the others find the result."""
+        seen, parts = self.state.down.get(self.number, (None, ()))
+        if seen is not x:
+            product = self.product(x)
+            gated = product * self.factors().to(product.dtype)
+            parts = gated.split(self.ranks, dim=-1) if len(self.ranks) > 1 else (gated,)
+            self.state.down[self.number] = x, parts
+        return parts
+
+
+class EmbeddingDown(Down):
+    """Token lookup in a, kept as [vocab, R]."""
+
+    def __init__(self, group: Sequence[Site], number: int, state: StepState, dtype: torch.dtype) -> None:
+        super().__init__(group, number, state, dtype)
+        self.lora_a = nn.Parameter(self.lora_a.T.contiguous(), requires_grad=False)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return F.embedding(x, self.lora_a)
+
+
+class HeadDown(Down):
+    """An adapted lm_head sees only the picked positions, so its factors are picked too."""
+
+    def factors(self) -> torch.Tensor:
+        assert self.state.logit_index is not None
+        return pick(super().factors(), self.state.logit_index)
+
+
+class GatedModule(nn.Module):
+    """A base module plus the gated low-rank update of its site: y = W x + ((x aT) * (s . weights)) bT."""
+
+    def __init__(self, base: nn.Module, site: Site, down: Down, place: int) -> None:
+        super().__init__()
+        self.base = base
+        self.path = site.path
+        self.down = down
+        self.place = place  # in the group
+        self.lora_b = nn.Parameter(site.b.to(next(base.parameters()).dtype), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        delta = F.linear(self.down(x)[self.place], self.lora_b)
+        scale = getattr(self.base, "embed_scale", None)  # scaled embeddings scale the update too (PEFT lora.Embedding)
+        return self.base(x) + (delta if scale is None else delta * scale.to(delta.dtype))
+
+
+class JoinedModule(GatedModule):
+    """The same in one product, y = [x, gated] [W; bT]: engines join the two constants once, when they load.
+
+    On a CPU a product of its own for b takes twice the time that its bytes cost here, and an Add comes after it.
+    """
+
+    base: nn.Linear | Conv1D
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.base.weight if isinstance(self.base, Conv1D) else self.base.weight.T  # [in, out]
+        y = torch.cat([x, self.down(x)[self.place]], -1) @ torch.cat([weight, self.lora_b.T])
+        return y if self.base.bias is None else y + self.base.bias
+
+
+PLAIN_PRODUCTS = (nn.Linear.forward, Conv1D.forward)  # a subclass may do more than W x + bias
+DOWN: Mapping[SiteKind, type[Down]] = {
+    SiteKind.LINEAR: Down,
+    SiteKind.CONV1D: Down,
+    SiteKind.EMBEDDING: EmbeddingDown,
+    SiteKind.LM_HEAD: HeadDown,
+}
+
+
+def gated_modules(
+    bases: Mapping[str, nn.Module], groups: Sequence[Sequence[Site]], state: StepState
+) -> dict[str, GatedModule]:
+    """Path -> the module that stands in for the base module there."""
+    modules: dict[str, GatedModule] = {}
+    for number, group in enumerate(groups):
+        dtype = next(bases[group[0].path].parameters()).dtype
+        down = DOWN[group[0].kind](group, number, state, dtype)
+        for place, site in enumerate(group):
+            base = bases[site.path]
+            gated = JoinedModule if type(base).forward in PLAIN_PRODUCTS else GatedModule
+            modules[site.path] = gated(base, site, down, place)
+    return modules
+
+
+def pick(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows of x [B, S, D] at index [B, K] -> [B, K, D]."""
+    return torch.gather(x, 1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def joined_path(paths: Sequence[str]) -> str:
+    """("h.0.attn.q", "h.0.attn.k") -> "h.0.attn.q+k": the parts all share once, then what is each one's own."""
+    split = [path.split(".") for path in paths]
+    common = 0
+    while all(len(parts) > common + 1 and parts[common] == split[0][common] for parts in split):
+        common += 1
+    return ".".join([*split[0][:common], "+".join(".".join(parts[common:]) for parts in split)])

@@ -1,0 +1,44 @@
+"""Store matrices the way products read them: no engine has to transpose and copy them when it loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+
+class TransposeWeightsPass(ir.passes.InPlacePass):
+    """Replace weights that are read through Transpose only by their transposes: weight -> name of its transpose.
+
+    The new initializers have no values: the store writes them.
+    """
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        found = [value for name, value in graph.initializers.items() if name in self.names and _is_transposed(value)]
+        for value in found:
+            assert value.name is not None
+            assert value.shape is not None
+            new = ir.Value(name=self.names[value.name], type=value.type, shape=ir.Shape(reversed(value.shape.dims)))
+            graph.initializers.add(new)
+            for use in list(value.uses()):
+                use.node.outputs[0].replace_all_uses_with(new)
+                graph.remove(use.node, safe=True)
+            del graph.initializers[value.name]
+        return ir.passes.PassResult(model, modified=bool(found))
+
+
+def _is_transposed(value: ir.Value) -> bool:
+    """Whether a matrix is read by Transpose alone, and never as an output."""
+    nodes = [use.node for use in value.uses()]
+    swaps = all(node.op_type == "Transpose" and _is_swap(node) for node in nodes)
+    return bool(nodes) and swaps and value.shape is not None and len(value.shape) == 2 and not value.is_graph_output()
+
+
+def _is_swap(node: ir.Node) -> bool:
+    perm = node.attributes.get("perm")
+    return (perm is None or list(perm.as_ints()) == [1, 0]) and not node.outputs[0].is_graph_output()
