@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +36,7 @@ from exporter.static import folded_weights, mix_row, rounded_weights, untied
 from exporter.store import WeightStore
 from exporter.tokenizer import load_tokenizer, write_tokenizer
 from exporter.verification import Verification
+from exporter.verify import LOGITS_LIMIT
 from exporter.watch import PeakMemory, StageClock
 from runtime.bundle import Bundle
 from runtime.golden import GOLDEN_PATH, Golden, GoldenCase
@@ -51,6 +52,7 @@ from runtime.manifest import (
     VerifyLevel,
     VerifyReport,
 )
+from runtime.mix import mix_note
 from runtime.signature import CacheStyle, signature_from_shape
 from runtime.text import Text
 
@@ -101,6 +103,8 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
                 proofs = export_graphs(parts, spec, DType.FLOAT32, proof_root)
             with clock.stage("verify"):
                 reports, golden = verify_graphs(parts, spec, proofs, proof_root, root)
+            for note in idle_adapter_notes(reports, proofs):
+                clock.notes(note)
             graphs = proofs
             if spec.dtype is not DType.FLOAT32:
                 with clock.stage(f"round to {spec.dtype}", root):
@@ -126,7 +130,9 @@ def read_inputs(spec: BuildSpec) -> Inputs:
     if spec.mix is not None:
         mix_row(spec.mix, [expert.name for expert in adapters.experts])
     touched = {path for expert in adapters.experts for path in expert.deltas}
-    return Inputs(adapters, base, (*adapters.notes, *base.notes, *notes, *untying_notes(base, touched)))
+    odd = mix_note(spec.mix or {})
+    mixed = (odd,) if odd else ()
+    return Inputs(adapters, base, (*adapters.notes, *base.notes, *notes, *untying_notes(base, touched), *mixed))
 
 
 def check_spec(spec: BuildSpec) -> None:
@@ -220,8 +226,8 @@ def export_static(
     sites = [site for site in parts.sites if (row @ site.weights).any()]
     torch_dtype = getattr(torch, dtype.value)
     changed = rounded_weights(twin, torch_dtype) if twin else folded_weights(model, sites, row)
-    with untied(model, sites) as twins:
-        plan = GraphPlan("static", signature_from_shape(shape), spec.emit, changed=changed, twins=twins)
+    with untied(model, sites) as partners:
+        plan = GraphPlan("static", signature_from_shape(shape), spec.emit, changed=changed, partners=partners)
         return Exported(graph_info(plan, Mode.STATIC, spec.mix), export_graph(model, plan, store), store)
 
 
@@ -252,6 +258,17 @@ def verify_graphs(
     verification = make_verification(parts, spec, load_tokenizer(root))
     results = [verification.run(folder, graph.info) for graph in exported]
     return [report for report, _ in results], [case for _, cases in results for case in cases]
+
+
+def idle_adapter_notes(reports: Sequence[VerifyReport], graphs: Sequence[Exported]) -> Iterator[str]:
+    """A line where the experts hardly change the base: usually they are untrained, or of another base."""
+    for report, graph in zip(reports, graphs, strict=True):
+        is_plain = graph.info.mode is Mode.STATIC and not any((graph.info.mix or {}).values())
+        if report.checks and not is_plain and report.adapters_matter <= LOGITS_LIMIT:
+            yield (
+                f"graph {report.graph}: the experts change no logit by more than {report.adapters_matter:.2g}; "
+                "are they trained, and on this base?"
+            )
 
 
 def make_verification(parts: Parts, spec: BuildSpec, tokenizer: Text | None) -> Verification:

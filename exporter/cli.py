@@ -4,46 +4,30 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporter.spec import AdapterSource, BuildSpec, CacheChoice, DType
-from runtime.errors import InputError, MachineError, UserError
+from runtime.command import run_command
+from runtime.errors import InputError
 from runtime.manifest import Check, Emit, Mode, TopkSoftmax, VerifyLevel
 
 if TYPE_CHECKING:
     from exporter.watch import StageClock
     from runtime.bundle import Bundle
 
-BUG, INTERRUPTED = 4, 130
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 done, 2 bad input, 3 the machine lacks something, 4 a defect, 130 Ctrl-C."""
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.ERROR if args.quiet else logging.WARNING, format="%(message)s")
-    try:
-        code = {"inspect": inspect, "build": build, "verify": verify}[args.command](args)
-        sys.stdout.flush()
-    except UserError as error:
-        return _fail(f"error: {error}", error.exit_code)
-    except MemoryError:
-        return _fail("error: not enough memory", MachineError.exit_code)
-    except ModuleNotFoundError as error:
-        fix = "activate the environment (. .venv/bin/activate), or pip install '.[export,cpu]' in the source folder"
-        return _fail(f"error: the package {error.name} is not installed. Fix: {fix}", MachineError.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was published", INTERRUPTED)
-    except BrokenPipeError:  # the reader, such as `head`, has enough
-        sys.stderr.close()
-        return 0
-    except Exception:  # noqa: BLE001 - a defect of ours keeps its traceback
-        traceback.print_exc()
-        return BUG
-    return code
+    commands = {"inspect": inspect, "build": build, "verify": verify}
+    return run_command(
+        lambda: commands[args.command](args),
+        packages=".[export,cpu]",
+        interrupted="interrupted; nothing was published" if args.command == "build" else "interrupted",
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -190,8 +174,3 @@ def _print_bundle(bundle: Bundle, clock: StageClock) -> None:
 def _check_line(check: Check) -> str:
     verdict = "ok" if check.passed else "FAILED"
     return f"  {check.name:<16} {check.value:>10.3g}  limit {check.limit:<8g} {verdict}  {check.where}".rstrip()
-
-
-def _fail(message: str, code: int) -> int:
-    print(message, file=sys.stderr)
-    return code

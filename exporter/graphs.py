@@ -29,8 +29,8 @@ OPSETS = {Emit.PORTABLE: 18, Emit.MODERN: 24}
 class GraphPlan:
     """What one graph is made of; a static graph has no sites and no gate.
 
-    For static only: `changed`, parameter name -> the weight that stands in its place; `twins`, parameter name -> the
-    parameter that it equals and whose stored tensor it may point to.
+    For static only: `changed`, parameter name -> the weight that stands in its place; `partners`, parameter name -> the
+    parameter that it is tied to in the base and whose stored tensor it points to.
     """
 
     name: str
@@ -39,7 +39,7 @@ class GraphPlan:
     sites: Sequence[Site] = ()
     gate: Gate | None = None
     changed: Mapping[str, Weight] = field(default_factory=dict)
-    twins: Mapping[str, str] = field(default_factory=dict)
+    partners: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ def export_graph(model: PreTrainedModel, plan: GraphPlan, store: WeightStore) ->
             got=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}",
             fix="families proved to work are listed in the README",
         ) from error
-    tensors = {name: weight_from_tensor(plan.twins.get(name, name), tensor) for name, tensor in weights.values()}
+    tensors = {name: weight_from_tensor(plan.partners.get(name, name), tensor) for name, tensor in weights.values()}
     tensors |= {name: weight for name, weight in plan.changed.items() if name in tensors}
     names = {traced_name: name for traced_name, (name, _) in weights.items()}
     lie_upright = {name for name, weight in tensors.items() if weight.name in store.stored}

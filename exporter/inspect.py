@@ -9,10 +9,11 @@ from exporter.adapters import AdapterSet, Expert, GateConfig
 from exporter.checkpoints import BaseDescription, base_reference, check_against_base, describe_base, read_adapters
 from exporter.checkpoints.files import is_file, is_folder
 from exporter.checkpoints.gate_config import ORIGINAL_CONFIG, PEFT_CONFIG, Layout, layout_of
+from exporter.errors import ExportError
 from exporter.model_facts import refuse_untraceable
 from exporter.spec import AdapterSource, CacheChoice
 from runtime.errors import Problems, UserError
-from runtime.manifest import Emit, TopkSoftmax
+from runtime.manifest import MANIFEST_NAME, Emit, TopkSoftmax
 
 
 @dataclass(slots=True)
@@ -35,6 +36,8 @@ def inspect_checkpoint(path: Path) -> InspectReport:
     report = InspectReport(path, "unknown")
     try:
         report.kind = _kind_of(path)
+        if is_file(path / MANIFEST_NAME):
+            raise ExportError("is a finished bundle", fix=f"python -m runtime inspect {path}")
         if report.kind == "base model":
             base = describe_base(str(path))
             _add_base(report, base)

@@ -78,9 +78,9 @@ class Reference:
 
         Norms, rotary angles and softmax stay fp32: transformers computes them so whatever the dtype.
         """
-        twin = copy.copy(self)
-        twin.model = copy.deepcopy(self.model).double()
-        return twin
+        precise = copy.copy(self)
+        precise.model = copy.deepcopy(self.model).double()
+        return precise
 
     def constant(self, row: Sequence[float], tokens: Sequence[int]) -> ReferenceResult:
         """One pass with the same scalings [E] everywhere; no top-k rule applies to a mix."""

@@ -72,12 +72,12 @@ def untied(model: PreTrainedModel, sites: Iterable[Site]) -> Iterator[dict[str, 
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head.weight is embedding.weight
     shared = head.weight
-    twins: dict[str, str] = {}
+    partners: dict[str, str] = {}
     if tied and any(site.kind in (SiteKind.EMBEDDING, SiteKind.LM_HEAD) for site in sites):
         head.weight = nn.Parameter(shared.detach(), requires_grad=False)
         names = {id(module): name for name, module in model.named_modules()}
-        twins[f"{names[id(head)]}.weight"] = f"{names[id(embedding)]}.weight"
+        partners[f"{names[id(head)]}.weight"] = f"{names[id(embedding)]}.weight"
     try:
-        yield twins
+        yield partners
     finally:
         head.weight = shared

@@ -47,7 +47,7 @@ class Verification:
     vocab_size: int
     max_positions: int
     is_large: bool  # weights stay mapped: slower steps, no second copy in memory
-    twins: list[Reference] = field(default_factory=list)  # at most one: the reference with fp64 products
+    made: list[Reference] = field(default_factory=list)  # at most one: the reference with fp64 products
 
     def run(self, root: Path, graph: GraphInfo) -> tuple[VerifyReport, list[GoldenCase]]:
         """Check one graph that lies in `root`; raises VerifyError when a measure fails."""
@@ -99,13 +99,13 @@ class Verification:
         self, run: Callable[[Reference, Sequence[int]], ReferenceResult]
     ) -> Callable[[Sequence[int]], ReferenceResult] | None:
         """The fp64 reference, made when it is first needed; a large model has none."""
-        return None if self.is_large else lambda ids: run(self.twin(), ids)
+        return None if self.is_large else lambda ids: run(self.precise(), ids)
 
-    def twin(self) -> Reference:
+    def precise(self) -> Reference:
         """The reference with fp64 products."""
-        if not self.twins:
-            self.twins.append(self.reference.precise())
-        return self.twins[0]
+        if not self.made:
+            self.made.append(self.reference.precise())
+        return self.made[0]
 
     def _base(self, tokens: Sequence[int]) -> ReferenceResult:
         return self.reference.constant([0.0] * len(self.adapters.experts), tokens)
@@ -113,7 +113,8 @@ class Verification:
     def _extent(self) -> Extent:
         extent = EXTENTS[self.level]
         new_tokens = min(extent.new_tokens, self.max_positions // 2)
-        return Extent(extent.prompts, min(extent.longest, self.max_positions - new_tokens), new_tokens)
+        prompts = max(extent.prompts, len(self.spec.prompts))  # all of the user's
+        return Extent(prompts, min(extent.longest, self.max_positions - new_tokens), new_tokens)
 
     def _prompts(self, count: int, longest: int) -> list[list[int]]:
         return encode_prompts(self.spec.prompts, self.tokenizer, self.vocab_size, count, longest)

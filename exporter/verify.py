@@ -280,7 +280,7 @@ def require_passed(report: VerifyReport) -> None:
         raise VerifyError(
             "the exported graph is not the model: " + "; ".join(_shown(check) for check in failed),
             where=f"graph {report.graph}",
-            fix="nothing was published; please report this model and its adapters as a bug",
+            fix="such a graph is never published; please report this model and its adapters as a bug",
             code="E_VERIFY",
         )
 

@@ -49,7 +49,7 @@ def spec_from_manifest(manifest: Manifest, sources: BuildSpec) -> BuildSpec:
         emit=first.emit,
         dtype=DType(manifest.base.dtype),
         cache=CacheChoice.NONE if first.signature.cache_style is CacheStyle.NONE else CacheChoice.KV,
-        topk_softmax=manifest.gate.topk_softmax if manifest.gate else None,
+        topk_softmax=manifest.gate.topk_softmax if manifest.gate and manifest.gate.softmax_topk else None,
     )
 
 

@@ -124,6 +124,9 @@ def read_manifest(data: bytes, *, where: str = MANIFEST_NAME) -> Manifest:
     return manifest
 
 
+CHECKPOINT_FILES = ("adapter_config.json", "xlora_config.json", "config.json")
+
+
 def _root(path: Path) -> Path:
     """The bundle's real folder: links on the way to it are the user's own, links inside are refused."""
     fix = "give the folder that `exporter build` wrote"
@@ -132,6 +135,8 @@ def _root(path: Path) -> Path:
         if root.is_dir() and os.path.lexists(root / MANIFEST_NAME):
             return root
         what = f"holds no {MANIFEST_NAME}" if root.is_dir() else "is a file; a bundle is a folder"
+        if any((root / name).is_file() for name in CHECKPOINT_FILES):
+            what, fix = "is a checkpoint, no bundle", "make a bundle of it with `python -m exporter build`"
     except PermissionError:
         what = "no permission to look into it"
     except (OSError, ValueError, RuntimeError):  # ValueError: a NUL in the path; RuntimeError: a loop of links

@@ -7,18 +7,17 @@ import dataclasses
 import io
 import json
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.errors import InputError, MachineError, UserError
+from runtime.command import run_command
+from runtime.errors import InputError
 
 if TYPE_CHECKING:
     from runtime.generate import GenerateOptions, Prompt
     from runtime.model import Model
 
-BUG, INTERRUPTED = 4, 130
 MAX_PROMPT_BYTES = 16 << 20
 
 
@@ -27,25 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # any model text prints in any locale
-    try:
-        {"inspect": inspect, "generate": generate}[args.command](args)
-        sys.stdout.flush()
-    except UserError as error:
-        return _fail(f"error: {error}", error.exit_code)
-    except MemoryError:
-        return _fail("error: not enough memory. Fix: shorter prompts or a smaller --batch-size", MachineError.exit_code)
-    except ModuleNotFoundError as error:
-        fix = "activate the environment (. .venv/bin/activate), or pip install '.[cpu]' in the source folder"
-        return _fail(f"error: the package {error.name} is not installed. Fix: {fix}", MachineError.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
-    except BrokenPipeError:  # the reader, such as `head`, has enough
-        sys.stderr.close()  # keeps Python from complaining about stdout at exit
-        return 0
-    except Exception:  # noqa: BLE001  # a defect of ours keeps its traceback
-        traceback.print_exc()
-        return BUG
-    return 0
+    commands = {"inspect": inspect, "generate": generate}
+    return run_command(
+        lambda: commands[args.command](args), packages=".[cpu]", memory="shorter prompts or a smaller --batch-size"
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,19 +67,21 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     add("-q", "--quiet", action="store_true", help="do not say on stderr what runs")
 
 
-def inspect(args: argparse.Namespace) -> None:
+def inspect(args: argparse.Namespace) -> int:
     """Print a bundle's facts."""
     from runtime.bundle import open_bundle
     from runtime.inspect import render, render_json
 
     bundle = open_bundle(args.bundle)
     print(render_json(bundle) if args.json else render(bundle), end="")
+    return 0
 
 
-def generate(args: argparse.Namespace) -> None:
+def generate(args: argparse.Namespace) -> int:
     """Answer the prompts."""
     if not args.prompts:
         raise InputError("no prompt", fix="give --prompt TEXT, --prompt-ids 5,17,3 or --prompt-file FILE")
+    from runtime.mix import mix_note
     from runtime.model import load
 
     options = _options(args)
@@ -103,10 +89,13 @@ def generate(args: argparse.Namespace) -> None:
     with load(args.bundle, graph=args.graph, provider=args.provider, threads=args.threads) as model:
         if not args.quiet:
             print(_status(model), file=sys.stderr, flush=True)
+            if note := mix_note(options.mix or {}):
+                print(f"note: {note}", file=sys.stderr)
         if args.stream:
             _print_stream(model, prompts, options)
         else:
             _print_completions(model, prompts, options, as_json=args.json)
+    return 0
 
 
 def _print_stream(model: Model, prompts: list[Prompt], options: GenerateOptions) -> None:
@@ -170,8 +159,3 @@ def _read(path: Path) -> str:
     except UnicodeDecodeError as error:
         problem = str(error)
     raise InputError("cannot read the prompt", where=str(path), got=problem, need="UTF-8 text")
-
-
-def _fail(message: str, code: int) -> int:
-    print(message, file=sys.stderr)
-    return code

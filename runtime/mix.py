@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from runtime.errors import InputError, raise_all
 
+LARGE_WEIGHT = 5.0  # larger factors are hardly ever meant
 BASE = "base"  # the mix with no expert in it
 
 
@@ -43,6 +44,12 @@ def scalings_from_mix(mix: Mapping[str, float], experts: Sequence[str]) -> NDArr
     ]
     raise_all("mix", problems)
     return np.array([mix.get(name, 0.0) for name in experts], np.float32)
+
+
+def mix_note(mix: Mapping[str, float]) -> str | None:
+    """What to say of a mix that looks like percentages."""
+    large = [f"{name}={weight:g}" for name, weight in mix.items() if abs(weight) > LARGE_WEIGHT]
+    return f"weights are factors, 0.7 is 70 %: the mix has {', '.join(large)}" if large else None
 
 
 def _number(text: str) -> float | None:

@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -34,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONTEXTS = (64, 256, 1024)
 PREFILL = 512
 STEPS = 8  # decode steps per sample of ours
-OURS_PER_ROUND = 4  # a shared machine is noisy; PEFT's samples last minutes
+OURS_PER_ROUND = 3  # a shared machine is noisy; PEFT's samples last minutes
 SEED = 7
 
 
@@ -70,8 +71,10 @@ def main() -> None:
             run([sys.executable, ROOT / "scripts" / "make_large.py", work])
         console.print("building the bundle")
         built = build(work, Path(folder) / "bundle")
-        subjects, correct = make_subjects(work, Path(folder) / "bundle", with_peft=args.peft)
-        series = measure(subjects, args.rounds, console)
+        bundle = Path(folder) / "bundle"
+        peft = Peft(work) if args.peft else None
+        correct = {"8 greedy tokens after 32": agreement(bundle, peft)} if peft else {}
+        series = measure(bundle, peft, args.rounds, console)
     result = {
         "machine": machine(),
         "build": built,
@@ -107,33 +110,53 @@ def build(checkpoint: Path, bundle: Path) -> dict[str, object]:
     return {"total_seconds": time.perf_counter() - started, **figures}
 
 
-def make_subjects(checkpoint: Path, bundle: Path, *, with_peft: bool) -> tuple[dict[str, Subject], dict[str, bool]]:
-    """Everything that is timed, ready to run, and whether the tokens agree with PEFT's."""
+@contextmanager
+def our_passes(bundle: Path) -> Iterator[tuple[Model, dict[str, Callable[[], Passes]]]]:
+    """The dynamic graph's model, and by name what opens a batch of one; all freed at the end."""
     dynamic, plain = load(bundle, graph="dynamic", threads=2), load(bundle, graph="static", threads=2)
     manifest = open_bundle(bundle, check_digests=False).manifest
     base_row = routing_for(manifest, dynamic.graph, {}).row
     gate_row = routing_for(manifest, dynamic.graph, None).row
     assert base_row is not None
     assert gate_row is not None
-    opened: dict[str, Callable[[], Passes]] = {
-        "exact": lambda: ExactPasses(dynamic.session, 1, gate_row),
-        "base in dynamic": lambda: OnePass(dynamic.session, 1, base_row),
-        "plain base": lambda: OnePass(plain.session, 1, None),
+    try:
+        yield (
+            dynamic,
+            {
+                "exact": lambda: ExactPasses(dynamic.session, 1, gate_row),
+                "base in dynamic": lambda: OnePass(dynamic.session, 1, base_row),
+                "plain base": lambda: OnePass(plain.session, 1, None),
+            },
+        )
+    finally:
+        dynamic.session.close()
+        plain.session.close()
+
+
+def our_subjects(model: Model, opened: dict[str, Callable[[], Passes]]) -> dict[str, Subject]:
+    """Everything of ours that is timed."""
+    decode = {
+        f"decode {name} @{length}": decode_subject(opener, prompt(model, length))
+        for name, opener in opened.items()
+        for length in CONTEXTS
     }
-    subjects: dict[str, Subject] = {}
-    for name, opener in opened.items():
-        for length in CONTEXTS:
-            subjects[f"decode {name} @{length}"] = decode_subject(opener, prompt(dynamic, length))
-        subjects[f"prefill {name} {PREFILL}"] = prefill_subject(opener, prompt(dynamic, PREFILL))
-    agreement: dict[str, bool] = {}
-    if with_peft:
-        peft = Peft(checkpoint)
-        for length in CONTEXTS:
-            subjects[f"decode PEFT @{length}"] = peft.decode_subject(prompt(dynamic, length))
-        subjects[f"prefill PEFT {PREFILL}"] = peft.prefill_subject(prompt(dynamic, PREFILL))
-        ids = prompt(dynamic, 32)
-        agreement["8 greedy tokens after 32"] = greedy(opened["exact"](), ids, 8) == peft.greedy(ids, 8)
-    return subjects, agreement
+    prefill = {
+        f"prefill {name} {PREFILL}": prefill_subject(opener, prompt(model, PREFILL)) for name, opener in opened.items()
+    }
+    return decode | prefill
+
+
+def peft_subjects(peft: Peft, model: Model) -> dict[str, Subject]:
+    """The same of PEFT."""
+    decode = {f"decode PEFT @{length}": peft.decode_subject(prompt(model, length)) for length in CONTEXTS}
+    return decode | {f"prefill PEFT {PREFILL}": peft.prefill_subject(prompt(model, PREFILL))}
+
+
+def agreement(bundle: Path, peft: Peft) -> bool:
+    """Whether both say the same."""
+    with our_passes(bundle) as (model, opened):
+        ids = prompt(model, 32)
+        return greedy(opened["exact"](), ids, 8) == peft.greedy(ids, 8)
 
 
 def prompt(model: Model, length: int) -> np.ndarray:
@@ -221,18 +244,23 @@ class Peft:
         return sample
 
 
-def measure(subjects: dict[str, Subject], rounds: int, console: Console) -> dict[str, Series]:
-    """All subjects in turn, round by round, after one warm-up of each; ours are cheap and come several times a round."""
-    series = {name: Series() for name in subjects}
-    ours = [name for name in subjects if "PEFT" not in name]
-    for number in range(rounds + 1):
-        for name in [*ours * (OURS_PER_ROUND if number else 1), *(name for name in subjects if name not in ours)]:
-            if number == 0 and "PEFT" in name and "1024" in name:
-                continue  # nothing to warm up that shorter ones have not
-            console.print(f"round {number}/{rounds}: {name}", highlight=False)
-            value = subjects[name]()
-            if number:
-                series[name].samples.append(value)
+def measure(bundle: Path, peft: Peft | None, rounds: int, console: Console) -> dict[str, Series]:
+    """All subjects in turn, round by round, after a warm-up.
+
+    Ours are loaded anew for each round, since where the weights come to lie in memory moves a step by a tenth, and
+    sampled several times, since they are cheap.
+    """
+    series: dict[str, Series] = {}
+    for number in range(rounds):
+        console.print(f"round {number + 1} of {rounds}", highlight=False)
+        with our_passes(bundle) as (model, opened):
+            ours = our_subjects(model, opened)
+            theirs = peft_subjects(peft, model) if peft else {}
+            warm_up = [*ours.values(), *theirs.values()] if number == 0 else [*ours.values()]
+            for subject in warm_up:
+                subject()
+            for name, subject in [*ours.items()] * OURS_PER_ROUND + [*theirs.items()]:
+                series.setdefault(name, Series()).samples.append(subject())
     return series
 
 

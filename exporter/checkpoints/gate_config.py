@@ -138,8 +138,15 @@ def columns(adapters: Mapping[str, str] | list[str], where: str) -> dict[str, st
 
 def topk_rule(gate: GateFolder, asked: TopkSoftmax | None) -> TopkSoftmax:
     """Over what the top-k softmax runs: as asked, else as the PEFT version that wrote the checkpoint did."""
-    if asked is not None or not gate.fields.enable_softmax_topk:
-        return asked or TopkSoftmax.TOKEN
+    if not gate.fields.enable_softmax_topk:
+        if asked is not None:
+            raise ExportError(
+                "takes no softmax over its top k", where=shown_path(gate.folder), fix="leave --topk-softmax out",
+                code="E_TOPK",
+            )  # fmt: skip
+        return TopkSoftmax.TOKEN
+    if asked is not None:
+        return asked
     version = re.match(r"(\d{1,4})\.(\d{1,4})(?!\d)", gate.fields.peft_version or "")
     written = (int(version[1]), int(version[2])) if version else None
     is_early_build = written == FIRST_TOKENWISE and "dev" in (gate.fields.peft_version or "")

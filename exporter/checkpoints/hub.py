@@ -40,6 +40,7 @@ def fetched_folder(name: str) -> Path:
         raise MachineError(
             f"the base {shown(name)} is not in the hub cache and could not be fetched",
             got=str(error)[:300],
-            fix="download it where there is a network, or give its folder",
+            need="a folder, or a hub id that can be reached from here",
+            fix="check the spelling; download it where there is a network, or give its folder",
             code="E_BASE",
         ) from error

@@ -15,6 +15,7 @@ from exporter.errors import ExportError
 from exporter.spec import AdapterSource
 from runtime.errors import InputError, raise_all
 from runtime.manifest import is_expert_name
+from runtime.mix import BASE
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +143,8 @@ def _given_names(sources: Iterable[AdapterSource], problems: list[InputError]) -
         name = str(source.name)
         if source.key is None and name.isdecimal():
             continue  # a gate key
-        if not is_expert_name(name):
-            need = "letters, digits, _ and -, at most 64, starting with a letter or digit; no Windows device name"
+        if not is_expert_name(name) or name.casefold() == BASE:
+            need = "letters, digits, _ and -, at most 64, a letter or digit first; not 'base', no Windows device name"
             problems.append(ExportError("an expert cannot be called so", got=shown(name), need=need, code="E_NAME"))
         elif name.casefold() in given:
             problems.append(ExportError("two experts have one name", got=shown(name), code="E_NAME"))
@@ -161,7 +162,7 @@ def _wanted_name(key: str, gate: GateFolder, source: AdapterSource | None) -> st
 
 def _unique_names(wanted: Sequence[str], given: set[str], fallbacks: Sequence[str]) -> tuple[list[str], list[str]]:
     """Valid, distinct names: given ones stay, the others are mended and numbered; a note for each change."""
-    taken = {name.casefold() for name in given}
+    taken = {name.casefold() for name in given} | {BASE}
     names, notes = [], []
     for text, fallback in zip(wanted, fallbacks, strict=True):
         if text in given:

@@ -300,6 +300,14 @@ def test_one_folder_for_two_columns_gets_two_names(tmp_path: Path, base: Path, e
     assert names(read(folder)) == ["skill0", "skill1", "skill0-2"]
 
 
+def test_no_expert_is_called_like_the_mix_without_experts(tmp_path: Path, base: Path, experts: list[Path]) -> None:
+    odd = shutil.copytree(experts[0], tmp_path / "Base")
+    adapters = read(write_xlora_peft(tmp_path / "x", base, [odd, *experts[1:]]))
+    assert names(adapters) == ["Base-2", "skill1", "skill2"]
+    with pytest.raises(UserError, match="an expert cannot be called so; got 'base'"):
+        read(tmp_path / "x", AdapterSource(experts[1], "base", "1"))
+
+
 # --- what is refused ---
 
 
@@ -378,6 +386,11 @@ def test_topk_rule_follows_the_peft_version(
     else:
         assert gate_of(read(folder, cache=CacheChoice.NONE)).topk_softmax is rule
     assert gate_of(read(folder, topk=TopkSoftmax.TOKEN)).topk_softmax is TopkSoftmax.TOKEN
+
+
+def test_a_rule_for_what_the_gate_does_not_do_is_refused(tmp_path: Path, base: Path, experts: list[Path]) -> None:
+    with pytest.raises(UserError, match=r"takes no softmax over its top k\. Fix: leave --topk-softmax out"):
+        read(write_xlora_peft(tmp_path / "x", base, experts), topk=TopkSoftmax.TOKEN)
 
 
 def test_original_layout_must_say_its_topk_rule(tmp_path: Path, base: Path, experts: list[Path]) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from exporter.cli import main
 from tests.exporter.checkpoint_makers import edit_tensors
-from tests.exporter.tiny_builds import Built, write_lively_base, write_three_experts
+from tests.exporter.tiny_builds import Built, write_lively_base, write_lora, write_three_experts
 
 Family = Callable[[str], Built]
 
@@ -163,3 +163,18 @@ def test_a_terminal_sees_the_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "12.3 s" in terminal.text
     assert "5 MB" in terminal.text
     assert "gate layer 0 repaired" in terminal.text
+
+
+def test_idle_experts_are_remarked_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fresh PEFT adapters have b = 0: the build is right, and hardly what was meant."""
+    base = write_lively_base(tmp_path / "base", num_hidden_layers=1)
+    fresh = write_lora(tmp_path / "fresh", base, ("q_proj",), 2)
+    edit_tensors(fresh / "adapter_model.safetensors", lambda tensors: [tensors[n].zero_() for n in tensors if "B" in n])
+    words = ["build", "--base", str(base), "--adapters", f"fresh={fresh}", "--verify", "quick", "--out"]
+    assert main([*words, str(tmp_path / "bundle")]) == 0
+    assert "graph dynamic: the experts change no logit by more than 0; are they trained" in capsys.readouterr().err
+
+
+def test_a_bundle_is_told_from_a_checkpoint(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(built.bundle.root)]) == 2
+    assert f"is a finished bundle. Fix: python -m runtime inspect {built.bundle.root}" in capsys.readouterr().out

@@ -193,7 +193,9 @@ def test_verification_of_a_build_raises(subject: Subject, tmp_path: Path) -> Non
     assert report.prompts == 3 * 4  # gate, uneven mix, base
     assert len(cases) == 3
     scales(lambda w: w * np.array([[1], [1], [1.01]]))(folder, subject)
-    with pytest.raises(VerifyError, match=r"kld_mean .*(prefill position|decode step).*Fix: nothing was published"):
+    with pytest.raises(
+        VerifyError, match=r"kld_mean .*(prefill position|decode step).*Fix: such a graph is never published"
+    ):
         make_verification(subject.parts, spec, None).run(folder, subject.graph)
 
 

@@ -181,7 +181,7 @@ def test_every_failed_measure_is_told_with_its_place() -> None:
     with pytest.raises(
         VerifyError,
         match=r"graph static: the exported graph is not the model: logits 0\.5 > 0\.001 \(place of logits\); "
-        r"gate 0\.5 > 0\.001 \(place of gate\)\. Fix: nothing was published",
+        r"gate 0\.5 > 0\.001 \(place of gate\)\. Fix: such a graph is never published",
     ) as error:
         require_passed(report(*bad, good))
     assert "kld_mean" not in str(error.value)

@@ -229,3 +229,17 @@ def test_a_closed_pipe_is_no_error(bundle: Path) -> None:
         os.close(read)
         _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (0, "")
+
+
+def test_a_checkpoint_is_told_from_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert cli.main(["generate", str(tmp_path), "--prompt", "a"]) == 2
+    assert "is a checkpoint, no bundle. Fix: make a bundle of it with `python -m exporter build`" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_mix_of_percentages_is_remarked_on(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = json.loads((bundle / "manifest.json").read_text())["experts"][0]["name"]
+    assert cli.main(["generate", str(bundle), "--prompt", "a", "--max-new-tokens", "1", "--mix", f"{name}=70"]) == 0
+    assert f"note: weights are factors, 0.7 is 70 %: the mix has {name}=70" in capsys.readouterr().err

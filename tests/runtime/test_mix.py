@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from runtime.errors import InputError
-from runtime.mix import mix_from_text, scalings_from_mix
+from runtime.mix import mix_from_text, mix_note, scalings_from_mix
 
 EXPERTS = ["math", "code", "law"]
 
@@ -60,3 +60,8 @@ def test_unknown_experts_are_refused_with_those_there_are() -> None:
 def test_weights_that_are_not_finite_in_float32_are_refused(weight: float) -> None:
     with pytest.raises(InputError, match="the weight of code is"):
         scalings_from_mix({"code": weight}, EXPERTS)
+
+
+def test_a_mix_of_percentages_is_remarked_on() -> None:
+    assert mix_note({"add": 70.0, "sort": 0.3}) == "weights are factors, 0.7 is 70 %: the mix has add=70"
+    assert mix_note({"add": 0.7, "sort": -1.3}) is None
