@@ -201,8 +201,9 @@ def open_engine(graph: Path, settings: SessionSettings) -> Any:
     if settings.threads is not None:
         options.intra_op_num_threads = settings.threads
     folding: list[str] = []
-    if settings.mapped:  # prepacked weights and folded transposes are copies in memory
+    if settings.mapped:  # prepacked and folded weights are copies in memory, and the arena keeps what a step needed
         options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False
         folding = ["ConstantFolding"]
     wanted = PROVIDERS[settings.provider]
     try:
