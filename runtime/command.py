@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -31,7 +32,8 @@ def run_command(
     except KeyboardInterrupt:
         return _fail(interrupted, INTERRUPTED)
     except BrokenPipeError:  # the reader, such as `head`, has enough
-        sys.stderr.close()  # keeps Python from complaining about stdout at exit
+        # What Python flushes at its end goes nowhere; else it may end with 120 (its docs on SIGPIPE).
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception:  # noqa: BLE001 - a defect of ours keeps its traceback
         traceback.print_exc()
