@@ -201,9 +201,9 @@ def open_engine(graph: Path, settings: SessionSettings) -> Any:
     if settings.threads is not None:
         options.intra_op_num_threads = settings.threads
     folding: list[str] = []
-    if settings.mapped:  # prepacked and folded weights are copies in memory, and the arena keeps what a step needed
+    if settings.mapped:  # prepacked and folded weights are copies in memory; a pattern holds all of a step at once
         options.add_session_config_entry("session.disable_prepacking", "1")
-        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False
         folding = ["ConstantFolding"]
     wanted = PROVIDERS[settings.provider]
     try:
