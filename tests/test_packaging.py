@@ -109,6 +109,14 @@ def test_every_import_contract_breaks_when_it_is_violated(tmp_path: Path) -> Non
     assert "exporter.unplaced" in output
 
 
+def test_everything_beside_the_code_is_package_data() -> None:
+    patterns = PYPROJECT["tool"]["setuptools"]["package-data"]
+    shipped = {path for room in patterns for pattern in patterns[room] for path in (ROOT / room).glob(pattern)}
+    files = {path for room in ROOMS for path in (ROOT / room).rglob("*") if path.is_file()}
+    assert shipped == {path for path in files if path.suffix != ".py" and path.parent.name != "__pycache__"}
+    assert ROOT / "exporter" / "tables" / "tensorrt-10.1-operators.tsv" in shipped
+
+
 def test_every_requirement_has_a_pin_that_meets_it() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
