@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import onnx_ir as ir
 import pytest
+import torch
 
+from exporter.build_bundle import export_graphs
 from exporter.errors import ExportError
-from exporter.op_lint import Finding, lint, require_lintable
+from exporter.op_lint import Finding, inlined_and_typed, lint, require_lintable
 from exporter.op_restrictions import CHECKS, UNDECIDABLE
 from exporter.op_table import operator_table
+from exporter.rounding import round_model
+from exporter.spec import CacheChoice, DType
+from runtime.manifest import Emit, Mode
+from tests.exporter.tiny_builds import (
+    FAMILIES,
+    Built,
+    write_checkpoint,
+)
 
 
 def graph(
@@ -389,3 +403,48 @@ def test_the_error_names_every_operator_and_says_what_it_rests_on() -> None:
     with pytest.raises(ExportError, match=r"Swish \(.*\) at swish0, swish1, swish2, swish3 and 2 more; need"):
         require_lintable(graph(many), "dynamic")
     require_lintable(graph("y = Abs(x)"), "dynamic")
+
+
+def assert_passes(model: ir.Model) -> None:
+    """No finding, and none for want of a type."""
+    assert lint(model) == ()
+    values = [value for node in inlined_and_typed(model).graph.all_nodes() for value in node.outputs]
+    assert [value.name for value in values if value.dtype is None or value.shape is None] == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_portable_graphs_pass(family: str, family_build: Callable[[str], Built]) -> None:
+    assert_passes(ir.load(family_build(family).bundle.root / "dynamic.onnx"))
+
+
+def exported(folder: Path, family: str = "llama", **settings: Any) -> list[ir.Model]:
+    """Graphs as a build makes them, not verified; of one block, or two where blocks alternate."""
+    checkpoint = write_checkpoint(folder, family, num_hidden_layers=2 if family == "gemma2" else 1)
+    spec, parts = checkpoint.spec(**settings), checkpoint.parts()
+    if spec.dtype is not DType.FLOAT32:
+        round_model(parts.model, getattr(torch, spec.dtype.value))
+    return [graph.model for graph in export_graphs(parts, spec, spec.dtype, folder / "graphs")]
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "static": {"modes": (Mode.STATIC,), "mix": {"math": 0.7, "code": 0.3}},
+    "without cache": {"cache": CacheChoice.NONE},
+    "float16": {"family": "gemma2", "dtype": DType.FLOAT16},
+    "bfloat16": {"dtype": DType.BFLOAT16},
+}
+
+
+@pytest.mark.parametrize("settings", OTHERS.values(), ids=OTHERS.keys())
+def test_other_portable_graphs_pass(settings: dict[str, Any], tmp_path: Path) -> None:
+    [model] = exported(tmp_path, **settings)
+    assert_passes(model)
+
+
+def test_a_modern_graph_fails_by_the_names_of_its_operators(tmp_path: Path) -> None:
+    [model] = exported(tmp_path, emit=Emit.MODERN)
+    operators = {finding.operator for finding in lint(model)}
+    assert operators == {"opset", "Attention", "RMSNormalization", "RotaryEmbedding", "TensorScatter"}
+    nodes = [node.name for node in model.graph if node.op_type == "Attention"]
+    assert [finding.node for finding in lint(model) if finding.operator == "Attention"] == nodes
+    with pytest.raises(ExportError, match=r"graph dynamic: .* got Attention \(the table does not know it\) at "):
+        require_lintable(model, "dynamic")
