@@ -22,10 +22,11 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from exporter.errors import ExportError
 from runtime import strict_json
-from runtime.bundle import MAX_MANIFEST_BYTES, Bundle, manifest_bytes, open_bundle, seal_bytes
+from runtime.bundle import Bundle, open_bundle
 from runtime.errors import MachineError, UserError
 from runtime.manifest import BUILD_LOG_NAME, MANIFEST_NAME, SEAL_NAME, Artifact, ArtifactKind, Manifest
 from runtime.safe_files import Tree, folders_of, path_problem
+from runtime.sealed_folder import MAX_MANIFEST_BYTES, manifest_bytes, seal_bytes
 
 logger = logging.getLogger(__name__)
 

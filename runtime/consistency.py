@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
-from runtime.manifest import BUILD_LOG_NAME, MANIFEST_NAME, SEAL_NAME, GraphInfo, Manifest, Mode
+from runtime.manifest import BUILD_LOG_NAME, MANIFEST_NAME, SEAL_NAME, GraphInfo, ListedFile, Manifest, Mode
 from runtime.safe_files import MAX_FILES, collisions, path_problem
 from runtime.signature import SCALINGS
 
@@ -14,14 +14,15 @@ MAX_BYTES = {
     "weights": 512 * _GIB,
     "tokenizer": _GIB // 4,
     "golden": _GIB // 4,
+    "plan": 512 * _GIB,
 }
 MAX_TOTAL_BYTES = 1024 * _GIB
 _RESERVED = {MANIFEST_NAME, SEAL_NAME, BUILD_LOG_NAME}
 
 
-def listing_problems(manifest: Manifest) -> Iterator[tuple[str, str]]:
+def listing_problems(files: Sequence[ListedFile]) -> Iterator[tuple[str, str]]:
     """(path, what is wrong) of every listed path that may not be listed. Runs before any of them is touched."""
-    paths = [artifact.path for artifact in manifest.artifacts]
+    paths = [artifact.path for artifact in files]
     for path in paths:
         problem = path_problem(path)
         if problem:
@@ -32,14 +33,14 @@ def listing_problems(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield path, "collides with another listed path (same name, same but for case, or file and folder)"
 
 
-def size_problems(manifest: Manifest) -> Iterator[tuple[str, str]]:
+def size_problems(files: Sequence[ListedFile]) -> Iterator[tuple[str, str]]:
     """(path, what is wrong) of listings that are too large to be what they say."""
-    if len(manifest.artifacts) > MAX_FILES:
-        yield "artifacts", f"lists {len(manifest.artifacts)} files, at most {MAX_FILES} are allowed"
-    for artifact in manifest.artifacts:
+    if len(files) > MAX_FILES:
+        yield "artifacts", f"lists {len(files)} files, at most {MAX_FILES} are allowed"
+    for artifact in files:
         if artifact.size > MAX_BYTES[artifact.kind]:
             yield artifact.path, f"{artifact.size} bytes; a {artifact.kind} has at most {MAX_BYTES[artifact.kind]}"
-    total = sum(artifact.size for artifact in manifest.artifacts)
+    total = sum(artifact.size for artifact in files)
     if total > MAX_TOTAL_BYTES:
         yield "artifacts", f"{total} bytes in all, at most {MAX_TOTAL_BYTES} are allowed"
 

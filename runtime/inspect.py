@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from runtime.bundle import Bundle, manifest_bytes
+from runtime.bundle import Bundle
 from runtime.manifest import GateInfo, GraphInfo, Manifest, VerifyLevel, VerifyReport
+from runtime.sealed_folder import manifest_bytes
 
 _NOT_VERIFIED = "NOT VERIFIED"
 

@@ -133,13 +133,29 @@ class GraphInfo(Strict):
     mix: dict[ExpertName, float] | None  # static only
 
 
-class Artifact(Strict):
-    """One file: the bundle holds exactly the listed ones, plus manifest.json, manifest.sha256 and build.json."""
+class ListedFile(Strict):
+    """One file: a sealed folder holds exactly the listed ones, plus manifest.json, manifest.sha256 and build.json."""
 
-    kind: ArtifactKind
+    kind: str
     path: RelativePath
     size: Annotated[int, Field(ge=0)]
     sha256: Digest
+
+
+class Listing(Strict):
+    """What the manifests of all sealed folders have."""
+
+    format_version: int
+
+    def files(self) -> tuple[ListedFile, ...]:
+        """Every listed file."""
+        raise NotImplementedError
+
+
+class Artifact(ListedFile):
+    """A file of a bundle."""
+
+    kind: ArtifactKind
 
 
 class SourceInfo(Strict):
@@ -182,10 +198,9 @@ class TokenizerInfo(Strict):
     add_bos: bool  # whether encoding with special tokens prepends bos (for information)
 
 
-class Manifest(Strict):
+class Manifest(Listing):
     """Everything a bundle says of itself. Deterministic: no times, no machine paths."""
 
-    format_version: int
     name: str
     base: BaseModelInfo
     experts: tuple[ExpertInfo, ...]
@@ -198,3 +213,7 @@ class Manifest(Strict):
     reports: tuple[VerifyReport, ...]
     versions: dict[str, str]
     build_log: Literal["build.json"] = BUILD_LOG_NAME
+
+    def files(self) -> tuple[ListedFile, ...]:
+        """Every listed file."""
+        return self.artifacts

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from runtime.bundle import manifest_bytes, read_manifest, seal_bytes
+from runtime.bundle import read_manifest
 from runtime.manifest import MANIFEST_NAME, SEAL_NAME
+from runtime.sealed_folder import manifest_bytes, seal_bytes
 
 
 def reseal(root: Path) -> None:

@@ -138,7 +138,7 @@ def test_a_reader_of_the_old_bundle_keeps_its_open_files(tmp_path: Path) -> None
     with old.file("dynamic.onnx").open("rb") as file:
         put(tmp_path / "toy", seed=1, overwrite=True)
         assert file.read() == bundle_files()["dynamic.onnx"]
-    with pytest.raises(InputError, match="changed after the bundle was opened"):
+    with pytest.raises(InputError, match="changed after its folder was opened"):
         old.file("dynamic.onnx")
 
 

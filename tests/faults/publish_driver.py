@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from exporter.publish import publish, stage
-from runtime.bundle import Bundle, manifest_bytes, open_bundle
+from runtime.bundle import Bundle, open_bundle
 from runtime.errors import UserError
+from runtime.sealed_folder import manifest_bytes
 from tests.faults.failing_os import Counter, counted, kill_self
 from tests.runtime.bundle_makers import artifacts_of, bundle_files, make_manifest, write_files
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.bundle import manifest_bytes
+from runtime.sealed_folder import manifest_bytes
 from tests.runtime.bundle_makers import artifacts_of, bundle_files, make_bundle, make_manifest, seal
 
 WEIGHTS = "weights/base.safetensors"

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from exporter.publish import publish, stage
-from runtime.bundle import manifest_bytes, open_bundle
+from runtime.bundle import open_bundle
 from runtime.errors import InputError, UserError
 from runtime.manifest import is_expert_name
+from runtime.sealed_folder import manifest_bytes
 from tests.runtime.bundle_makers import artifacts_of, bundle_files, make_bundle, make_manifest, seal, write_files
 
 _EVIL = [

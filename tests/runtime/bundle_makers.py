@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.bundle import manifest_bytes, seal_bytes
 from runtime.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -32,6 +31,7 @@ from runtime.manifest import (
     VerifyLevel,
     VerifyReport,
 )
+from runtime.sealed_folder import manifest_bytes, seal_bytes
 from runtime.signature import SignatureShape, signature_from_shape
 
 VOCAB, BLOCKS, SITES, EXPERTS = 64, 2, 4, 2

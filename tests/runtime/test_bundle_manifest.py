@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime import strict_json
-from runtime.bundle import MAX_MANIFEST_BYTES, manifest_bytes, read_manifest
+from runtime.bundle import read_manifest
 from runtime.errors import InputError
 from runtime.manifest import Manifest, is_expert_name
 from runtime.safe_files import path_problem
+from runtime.sealed_folder import MAX_MANIFEST_BYTES, manifest_bytes
 from tests.runtime.bundle_makers import artifacts_of, bundle_files, make_manifest
 
 Value = dict[str, Any]
@@ -75,7 +76,7 @@ def test_bad_json_is_refused(data: bytes, text: str) -> None:
     refusal(data, "E_MANIFEST", text)
 
 
-@pytest.mark.parametrize(("version", "fix"), [(2, "use a newer runtime"), (0, "build the bundle again")])
+@pytest.mark.parametrize(("version", "fix"), [(2, "use a newer runtime"), (0, "build it again")])
 def test_another_version_is_told_which_one_is_read(version: int, fix: str) -> None:
     data = json.dumps({"format_version": version, "fields": "of another time"}).encode()
     refusal(data, "E_VERSION", f"got version {version}; need version 1, the only one this runtime reads. Fix: {fix}")
