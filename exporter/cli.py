@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING
 
 from exporter.spec import AdapterSource, BuildSpec, CacheChoice, DType
 from runtime.command import run_command
+from runtime.engines import Target
 from runtime.errors import InputError
 from runtime.manifest import Check, Emit, Mode, TopkSoftmax, VerifyLevel
 
 if TYPE_CHECKING:
+    from exporter.engines.spec import EngineSpec
     from exporter.watch import StageClock
     from runtime.bundle import Bundle
 
@@ -22,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 done, 2 bad input, 3 the machine lacks something, 4 a defect, 130 Ctrl-C."""
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.ERROR if args.quiet else logging.WARNING, format="%(message)s")
-    commands = {"inspect": inspect, "build": build, "verify": verify}
+    commands = {"inspect": inspect, "build": build, "engine": engine, "verify": verify}
     return run_command(
         lambda: commands[args.command](args),
         packages=".[export,cpu]",
@@ -38,6 +41,15 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("path", type=Path, metavar="PATH")
     _add_quiet(show)
     _add_build(commands.add_parser("build", help="make a verified bundle from a base, experts and a gate"))
+    engine = commands.add_parser(
+        "engine", help="build a bundle's TensorRT engines, on the device or (trt-rtx) anywhere"
+    )
+    engine.add_argument("bundle", type=Path, metavar="BUNDLE")
+    engine.add_argument("--target", action="append", type=Target, choices=list(Target), required=True)
+    engine.add_argument("--graph", dest="graphs", action="append", default=[], metavar="NAME", help="default: all")
+    engine.add_argument("--overwrite", action="store_true", help="build again what is there")
+    _add_engine_options(engine)
+    _add_quiet(engine)
     check = commands.add_parser("verify", help="check a bundle, alone or against its sources")
     check.add_argument("bundle", type=Path, metavar="BUNDLE")
     _add_sources(check)
@@ -61,7 +73,30 @@ def _add_build(command: argparse.ArgumentParser) -> None:
     add("--verify", type=VerifyLevel, choices=list(VerifyLevel), help="default full up to 300 M parameters, then quick")
     add("--prompt", dest="prompts", action="append", default=[], metavar="TEXT", help="verify with these texts")
     add("--threads", type=int, metavar="N", help="of ONNX Runtime during verification")
+    targets = ["ort", *Target]
+    add(
+        "--target",
+        action="append",
+        choices=targets,
+        help="trt and trt-rtx build engines beside the bundle (default ort)",
+    )
+    _add_engine_options(command)
     _add_quiet(command)
+
+
+def _add_engine_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument_group("TensorRT engines").add_argument
+    add(
+        "--compute-capability",
+        nargs="+",
+        default=[],
+        metavar="8.6",
+        help="GPUs of a trt-rtx engine; default 8.0 and up",
+    )
+    add("--max-batch", type=int, default=4, metavar="N", help="requests in one step (default 4)")
+    add("--max-tokens", type=int, default=512, metavar="N", help="prompt tokens in one step (default 512)")
+    add("--max-context", type=int, metavar="N", help="tokens a request may have; default the model's, at most 4096")
+    add("--workspace", type=int, metavar="MIB", help="memory that a layer may use; default TensorRT's")
 
 
 def _add_sources(command: argparse.ArgumentParser) -> None:
@@ -98,8 +133,13 @@ def inspect(args: argparse.Namespace) -> int:
 def build(args: argparse.Namespace) -> int:
     """Build and publish."""
     spec = _build_spec(args)
+    engines = [_engine_spec(args, Target(name)) for name in dict.fromkeys(args.target or ()) if name != "ort"]
     from exporter.progress import shown_stages
 
+    for engine_spec in engines:
+        from exporter.engines.tensorrt import load_tensorrt
+
+        load_tensorrt(engine_spec.target)  # minutes before it is needed
     with shown_stages(quiet=args.quiet) as clock:
         from exporter.build_bundle import build as build_bundle
 
@@ -108,7 +148,46 @@ def build(args: argparse.Namespace) -> int:
     if not args.quiet:
         _print_bundle(bundle, clock)
     print(bundle.root)
+    for engine_spec in engines:
+        _build_engines(bundle, engine_spec, quiet=args.quiet)
     return 0
+
+
+def engine(args: argparse.Namespace) -> int:
+    """Build engines beside a bundle."""
+    from runtime.bundle import open_bundle
+
+    bundle = open_bundle(args.bundle)
+    for target in dict.fromkeys(args.target):
+        spec = dataclasses.replace(_engine_spec(args, target), graphs=tuple(args.graphs), overwrite=args.overwrite)
+        _build_engines(bundle, spec, quiet=args.quiet)
+    return 0
+
+
+def _engine_spec(args: argparse.Namespace, target: Target) -> EngineSpec:
+    from exporter.engines.spec import EngineSpec
+
+    return EngineSpec(
+        target=target,
+        compute_capabilities=tuple(args.compute_capability),
+        max_batch=args.max_batch,
+        max_tokens=args.max_tokens,
+        max_context=args.max_context,
+        workspace_bytes=None if args.workspace is None else args.workspace << 20,
+    )
+
+
+def _build_engines(bundle: Bundle, spec: EngineSpec, *, quiet: bool) -> None:
+    from exporter.engines import build_engines
+    from exporter.progress import shown_stages, size_text
+
+    with shown_stages(quiet=quiet) as clock:
+        engines = build_engines(bundle, spec, clock)
+    if not quiet and clock.memory is not None:
+        for file in engines.manifest.artifacts:
+            print(f"{file.path}  {size_text(file.size)}  {clock.seconds[f'engine {Path(file.path).stem}']:.1f} s")
+        print(f"peak memory {size_text(clock.memory.anonymous)} anonymous")
+    print(engines.root)
 
 
 def verify(args: argparse.Namespace) -> int:

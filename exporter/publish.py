@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from filelock import BaseFileLock, FileLock, Timeout
 
@@ -24,11 +25,21 @@ from exporter.errors import ExportError
 from runtime import strict_json
 from runtime.bundle import Bundle, open_bundle
 from runtime.errors import MachineError, UserError
-from runtime.manifest import BUILD_LOG_NAME, MANIFEST_NAME, SEAL_NAME, Artifact, ArtifactKind, Manifest
+from runtime.manifest import (
+    BUILD_LOG_NAME,
+    MANIFEST_NAME,
+    SEAL_NAME,
+    Artifact,
+    ArtifactKind,
+    ListedFile,
+    Listing,
+    Manifest,
+)
 from runtime.safe_files import Tree, folders_of, path_problem
 from runtime.sealed_folder import MAX_MANIFEST_BYTES, manifest_bytes, seal_bytes
 
 logger = logging.getLogger(__name__)
+F = TypeVar("F")  # an opened folder
 
 _KINDS: dict[str, ArtifactKind] = {"weights": "weights", "tokenizer": "tokenizer", "golden": "golden"}
 _OWN = (MANIFEST_NAME, SEAL_NAME, BUILD_LOG_NAME)
@@ -45,6 +56,15 @@ class Stage:
     folder: Path
     out: Path
     overwrite: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Layout(Generic[F]):
+    """What one kind of sealed folder may hold, and how it is opened."""
+
+    kind_of: Callable[[str], str]  # of a path; refuses paths that have no place
+    listed: type[ListedFile]
+    open: Callable[[Path], F]  # without the digests, which were just made
 
 
 @contextmanager
@@ -82,14 +102,21 @@ def stage(
 
 
 def publish(stage: Stage, manifest: Manifest, build_log: Mapping[str, object] | None = None) -> Bundle:
-    """List, hash and seal what the stage holds and rename it onto the target; the opened bundle is returned.
+    """Publish a bundle; see `publish_sealed`."""
+    return publish_sealed(stage, manifest, BUNDLE_LAYOUT, build_log)
+
+
+def publish_sealed(
+    stage: Stage, manifest: Listing, layout: Layout[F], build_log: Mapping[str, object] | None = None
+) -> F:
+    """List, hash and seal what the stage holds and rename it onto the target; the opened folder is returned.
 
     `manifest.artifacts` is replaced by what lies in the stage. Order: every file to disk, manifest last, every folder
     to disk, one rename, the parent folder to disk.
     """
     with _disk_errors(stage.out):
         with Tree.open(stage.folder) as tree:
-            artifacts = _artifacts(tree)
+            artifacts = _artifacts(tree, layout)
         data = manifest_bytes(manifest.model_copy(update={"artifacts": artifacts}))
         if build_log is not None:
             _write(stage.folder / BUILD_LOG_NAME, _log_bytes(build_log))
@@ -98,9 +125,9 @@ def publish(stage: Stage, manifest: Manifest, build_log: Mapping[str, object] | 
         for folder in sorted(folders_of([artifact.path for artifact in artifacts]), reverse=True):
             _sync(stage.folder / folder)
         _sync(stage.folder)
-        open_bundle(stage.folder, check_digests=False)  # what we are about to promise, as a reader sees it
+        layout.open(stage.folder)  # what we are about to promise, as a reader sees it
         _move_onto_target(stage)
-    return open_bundle(stage.out, check_digests=False)
+    return layout.open(stage.out)
 
 
 def holds_only_a_bundle(folder: Path) -> bool:
@@ -213,14 +240,14 @@ def _disk_errors(out: Path) -> Iterator[None]:
 # --- the stage ---
 
 
-def _artifacts(tree: Tree) -> tuple[Artifact, ...]:
+def _artifacts(tree: Tree, layout: Layout[F]) -> tuple[ListedFile, ...]:
     """Every file of the stage by path, on disk and hashed, several at a time; the reader refuses links."""
     paths = sorted(tree.walk().files)
-    kinds = [_kind(path) for path in paths]
+    kinds = [layout.kind_of(path) for path in paths]
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(lambda path: _settle(tree, path), paths))
     pairs = zip(paths, kinds, digests, strict=True)
-    return tuple(Artifact(kind=kind, path=path, size=size, sha256=sha) for path, kind, (sha, size) in pairs)
+    return tuple(layout.listed(kind=kind, path=path, size=size, sha256=sha) for path, kind, (sha, size) in pairs)
 
 
 def _settle(tree: Tree, path: str) -> tuple[str, int]:
@@ -245,6 +272,9 @@ def _kind(path: str) -> ArtifactKind:
         need="NAME.onnx, weights/…, tokenizer/… or golden/…",
         code="E_UNLISTED",
     )
+
+
+BUNDLE_LAYOUT = Layout(_kind, Artifact, partial(open_bundle, check_digests=False))
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -380,4 +410,4 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-__all__ = ["Stage", "holds_only_a_bundle", "publish", "stage"]
+__all__ = ["Layout", "Stage", "holds_only_a_bundle", "publish", "publish_sealed", "stage"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from runtime.bundle import Bundle
+from runtime.engines import engine_folders, open_engines
+from runtime.errors import UserError
 from runtime.manifest import GateInfo, GraphInfo, Manifest, VerifyLevel, VerifyReport
 from runtime.sealed_folder import manifest_bytes
 
@@ -23,6 +25,7 @@ def render(bundle: Bundle) -> str:
         ["graphs", *(f"  {_graph(graph)}" for graph in manifest.graphs)],
         ["verification", *(line for graph in manifest.graphs for line in _verification(manifest, graph.name))],
         _table("sizes", _sizes(bundle)),
+        _table("engines, beside the bundle", _engines(bundle)),
         _table("made with", sorted(manifest.versions.items())),
     ]
     return "\n".join(_printable(line) for section in sections for line in section) + "\n"
@@ -119,6 +122,22 @@ def _sizes(bundle: Bundle) -> Iterator[tuple[str, str]]:
         word = "file" if len(files) == 1 else "files"
         yield kind, f"{_size(sum(file.size for file in files))} in {len(files)} {word}"
     yield "total", _size(sum(artifact.size for artifact in artifacts))
+
+
+def _engines(bundle: Bundle) -> Iterator[tuple[str, str]]:
+    """Each engine folder, whether or not this machine could run it; only the manifest is read."""
+    for path in engine_folders(bundle.root):
+        try:
+            manifest = open_engines(path, check_digests=False).manifest
+        except UserError as error:
+            yield path.name, f"refused: {error}"
+            continue
+        graphs = ", ".join(plan.graph for plan in manifest.plans)
+        gpus = ", ".join(manifest.compute_capabilities) or "8.0 and later"
+        size = _size(sum(file.size for file in manifest.artifacts))
+        stale = "" if manifest.bundle == bundle.digest else "; of ANOTHER BUILD of this bundle"
+        what = f"{manifest.target.product} {manifest.version} on {manifest.platform}"
+        yield path.name, f"{graphs}: {what}, compute capability {gpus}, {size}{stale}"
 
 
 def _size(count: int) -> str:

@@ -1,0 +1,65 @@
+"""What an engine build is asked to do, and the optimisation profiles that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from exporter.errors import ExportError
+from runtime.engines import ProfileInfo, Range, Target
+from runtime.manifest import GraphInfo
+from runtime.signature import CacheStyle, TensorSpec
+
+PREFILL_OPT, DECODE_OPT = 128, 256  # tokens of a prompt, entries of a cache: what engines are tuned for
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """All settings; the defaults are those of the CLI."""
+
+    target: Target
+    graphs: tuple[str, ...] = ()  # names; empty: all
+    compute_capabilities: tuple[str, ...] = ()  # "8.6"; empty: this GPU (trt), 8.0 and later (trt-rtx)
+    max_batch: int = 4  # requests; X-LoRA decodes two rows for each
+    max_tokens: int = 512  # of one step
+    max_context: int | None = None  # cache entries of a row; None: the model's positions, at most 4096
+    workspace_bytes: int | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        limits = {"--max-batch": self.max_batch, "--max-tokens": self.max_tokens, "--max-context": self.max_context}
+        for flag, value in (*limits.items(), ("--workspace", self.workspace_bytes)):
+            if value is not None and value < 1:
+                raise ExportError("is too small", where=flag, got=str(value), need="at least 1")
+
+
+def profiles_of(graph: GraphInfo, spec: EngineSpec, max_positions: int) -> tuple[ProfileInfo, ...]:
+    """Prefill and decode, over the symbols of the graph's signature; a graph without cache has one for both.
+
+    An empty cache and a step without logits are part of every range: C and K begin at 0 (the graph that writes its
+    cache itself needs a capacity of at least 1).
+    """
+    context = min(spec.max_context or 4096, max_positions)
+    tokens = min(spec.max_tokens, context)
+    some = Range(min=0, opt=1, max=1)
+    if graph.signature.cache_style is CacheStyle.NONE:
+        whole = Range(min=1, opt=min(PREFILL_OPT, context), max=context)
+        return (ProfileInfo(name="whole", ranges={"B": Range(min=1, opt=1, max=1), "S": whole, "K": some}),)
+    least = 0 if graph.signature.cache_style is CacheStyle.APPEND else 1
+    cache = Range(min=least, opt=min(DECODE_OPT, context), max=context)
+    prefill = {
+        "B": Range(min=1, opt=1, max=spec.max_batch),
+        "S": Range(min=1, opt=min(PREFILL_OPT, tokens), max=tokens),
+        "C": cache,
+        "K": some,
+    }
+    decode = {"B": Range(min=1, opt=1, max=2 * spec.max_batch), "S": Range(min=1, opt=1, max=1), "C": cache, "K": some}
+    return ProfileInfo(name="prefill", ranges=prefill), ProfileInfo(name="decode", ranges=decode)
+
+
+def shapes_of(tensor: TensorSpec, profile: ProfileInfo) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The least, likeliest and largest shape of an input under a profile."""
+
+    def sized(which: str) -> tuple[int, ...]:
+        return tuple(getattr(profile.ranges[size], which) if isinstance(size, str) else size for size in tensor.shape)
+
+    return sized("min"), sized("opt"), sized("max")

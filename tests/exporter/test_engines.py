@@ -1,0 +1,259 @@
+"""Engines of real bundles, built by TensorRT for RTX without a GPU; what needs one is refused in plain words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from exporter.cli import main
+from exporter.engines import EngineSpec, build_engines
+from exporter.engines import tensorrt as ours
+from exporter.engines.spec import profiles_of, shapes_of
+from exporter.errors import ExportError
+from exporter.watch import StageClock, StageEvent
+from runtime.bundle import Bundle, open_bundle
+from runtime.engines import Machine, Target, engine_folders, misfits, open_engines, require_fit
+from runtime.errors import InputError, MachineError
+from runtime.inspect import render
+from runtime.signature import SignatureShape, signature_from_shape
+from tests.exporter.reseal import reseal
+from tests.exporter.tiny_builds import Built
+
+pytest.importorskip("tensorrt_rtx", reason="the extra trt-rtx is not installed")
+RTX = EngineSpec(Target.TRT_RTX, compute_capabilities=("8.6",), max_batch=2, max_tokens=16, max_context=64)
+Family = Callable[[str], Built]
+
+
+@pytest.fixture(scope="module")
+def bundle(family_build: Family, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A copy, since engines lie beside their bundle."""
+    return copied(family_build("llama").bundle, tmp_path_factory.mktemp("engines"))
+
+
+def copied(bundle: Bundle, folder: Path) -> Bundle:
+    return open_bundle(Path(shutil.copytree(bundle.root, folder / "bundle")))
+
+
+def machine(**other: Any) -> Machine:
+    import tensorrt_rtx
+
+    fields = {
+        "target": Target.TRT_RTX, "version": tensorrt_rtx.__version__, "platform": ours.platform_name(),
+        "compute_capability": "8.6",
+    }  # fmt: skip
+    return Machine(**(fields | other))
+
+
+def test_engines_are_built_beside_the_bundle_and_found_again(bundle: Bundle) -> None:
+    before = {path: path.stat().st_mtime_ns for path in bundle.root.rglob("*")}
+    heard: list[StageEvent] = []
+    engines = build_engines(bundle, RTX, StageClock(heard.append))
+    assert engines.root.parent == bundle.root.parent / "bundle.engines"
+    assert engine_folders(bundle.root) == [engines.root]
+    assert {path: path.stat().st_mtime_ns for path in bundle.root.rglob("*")} == before, "a bundle is never edited"
+    manifest = open_engines(engines.root).manifest
+    [plan] = manifest.plans
+    assert manifest.bundle == bundle.digest
+    assert plan.onnx_sha256 == next(file.sha256 for file in bundle.artifacts("graph"))
+    assert [profile.name for profile in plan.profiles] == ["prefill", "decode"]
+    weights = sum(file.size for file in bundle.artifacts("weights"))
+    assert engines.file("dynamic.plan").stat().st_size > weights / 2, "a plan carries its own weights"
+    log = json.loads((engines.root / "build.json").read_text())
+    assert log["log"]["dynamic"]
+    assert log["seconds"]["engine dynamic"] > 0
+    assert any(", 1 of " in event.name for event in heard if event.seconds is None), "TensorRT's progress is told"
+    notes: list[str] = []
+    again = build_engines(bundle, RTX, StageClock(notes=notes.append))
+    assert (again.digest, len(notes)) == (engines.digest, 1)
+    assert not misfits(manifest, bundle.digest, machine())
+
+
+def test_inspect_lists_engines_without_tensorrt(bundle: Bundle, tmp_path: Path) -> None:
+    engines = build_engines(bundle, RTX)
+    code = (
+        "import sys; sys.modules['tensorrt_rtx'] = None; from runtime.cli import main; "
+        "sys.exit(main(['inspect', sys.argv[1]]))"
+    )
+    run = subprocess.run([sys.executable, "-c", code, bundle.root], capture_output=True, text=True, check=True)
+    [line] = [line for line in run.stdout.splitlines() if engines.root.name in line]
+    assert f"dynamic: TensorRT for RTX {engines.manifest.version} on {engines.manifest.platform}, " in line
+    assert "compute capability 8.6, " in line
+    assert "ANOTHER" not in line
+    copy = copied(bundle, tmp_path)
+    moved = Path(shutil.copytree(engines.root, tmp_path / "bundle.engines" / engines.root.name))
+    value = json.loads((copy.root / "manifest.json").read_text())
+    value["name"] = "renamed"
+    (copy.root / "manifest.json").write_text(json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n")
+    seal(copy.root)
+    assert "of ANOTHER BUILD of this bundle" in render(open_bundle(copy.root))
+    (moved / "dynamic.plan").write_bytes(b"")
+    assert "refused: " in render(open_bundle(copy.root))
+
+
+def test_a_damaged_engine_is_built_anew(bundle: Bundle) -> None:
+    engines = build_engines(bundle, RTX)
+    plan = engines.root / "dynamic.plan"
+    data = bytearray(plan.read_bytes())
+    data[len(data) // 2] ^= 1
+    plan.write_bytes(data)
+    with pytest.raises(InputError, match="another content than the manifest says"):
+        open_engines(engines.root)
+    build_engines(bundle, RTX)
+    assert open_engines(engines.root).manifest.bundle == bundle.digest
+
+
+def test_other_settings_are_other_engines(bundle: Bundle) -> None:
+    first = build_engines(bundle, RTX)
+    import dataclasses
+
+    other = build_engines(bundle, dataclasses.replace(RTX, compute_capabilities=("8.9", "8.6"), max_batch=1))
+    assert first.root != other.root
+    assert other.manifest.compute_capabilities == ("8.6", "8.9")
+    assert not misfits(other.manifest, bundle.digest, machine(compute_capability="8.9"))
+
+
+MISFITS = {
+    "version": {"version": "1.0.0"},
+    "platform": {"platform": "windows-amd64"},
+    "compute capability": {"compute_capability": "12.0"},
+}
+
+
+@pytest.mark.parametrize("what", MISFITS)
+def test_an_engine_of_elsewhere_is_refused_before_it_is_read(what: str, bundle: Bundle) -> None:
+    engines = build_engines(bundle, RTX)
+    with pytest.raises(
+        MachineError, match=rf"{what}: the engine's is .*, here it is .*exporter engine .*--target trt-rtx"
+    ):
+        require_fit(engines, bundle, machine(**MISFITS[what]))
+
+
+def test_an_engine_of_another_bundle_is_refused(bundle: Bundle) -> None:
+    engines = build_engines(bundle, RTX)
+    other = SimpleNamespace(digest="0" * 64, root=bundle.root)
+    with pytest.raises(MachineError, match=rf"bundle: the engine's is {bundle.digest}, here it is 0000"):
+        require_fit(engines, other, machine())  # type: ignore[arg-type]
+
+
+def test_a_forged_manifest_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(build_engines(bundle, RTX).root, tmp_path / "trt-rtx-0123456789abcdef"))
+    path = root / "manifest.json"
+    value = json.loads(path.read_text())
+    value["plans"][0]["profiles"][0]["ranges"]["B"]["min"] = 9
+    path.write_text(json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n")
+    with pytest.raises(InputError, match="do not match"):
+        open_engines(root)
+    seal(root)
+    with pytest.raises(InputError, match="has no sound range for B"):
+        open_engines(root)
+
+
+def seal(root: Path) -> None:
+    from runtime.sealed_folder import seal_bytes
+
+    (root / "manifest.sha256").write_bytes(seal_bytes((root / "manifest.json").read_bytes()))
+
+
+def test_an_operator_that_is_refused_is_named(bundle: Bundle, tmp_path: Path) -> None:
+    copy = copied(bundle, tmp_path)
+    model = onnx.load(copy.root / "dynamic.onnx", load_external_data=False)
+    logits = next(output for output in model.graph.output if output.name == "logits")
+    producer = next(node for node in model.graph.node if "logits" in node.output)
+    producer.output[:] = ["plain"]
+    model.graph.node.append(helper.make_node("Det", ["plain"], ["unused"], name="the_odd_one"))
+    model.graph.node.append(helper.make_node("Identity", ["plain"], [logits.name]))
+    onnx.save(model, copy.root / "dynamic.onnx")
+    reseal(copy.root)
+    with pytest.raises(
+        ExportError, match=r"graph dynamic, node the_odd_one: TensorRT for RTX refuses the operator Det"
+    ):
+        build_engines(open_bundle(copy.root), RTX)
+    assert engine_folders(copy.root) == []
+    assert not [path for path in (copy.root.parent / "bundle.engines").iterdir() if path.is_dir()]
+
+
+def test_a_wrong_shape_is_found_by_the_parser(bundle: Bundle, tmp_path: Path) -> None:
+    copy = copied(bundle, tmp_path)
+    model = onnx.load(copy.root / "dynamic.onnx", load_external_data=False)
+    bad = helper.make_tensor("bad", TensorProto.FLOAT, [3, 5], np.zeros(15))
+    model.graph.initializer.append(bad)
+    producer = next(node for node in model.graph.node if "logits" in node.output)
+    producer.output[:] = ["plain"]
+    model.graph.node.append(helper.make_node("MatMul", ["plain", "bad"], ["logits"], name="misfit"))
+    onnx.save(model, copy.root / "dynamic.onnx")
+    reseal(copy.root)
+    with pytest.raises(ExportError, match=r"node misfit: TensorRT for RTX refuses the operator MatMul|cannot build"):
+        build_engines(open_bundle(copy.root), RTX)
+
+
+def test_ctrl_c_stops_the_build_and_leaves_nothing(bundle: Bundle, tmp_path: Path) -> None:
+    copy = copied(bundle, tmp_path)
+
+    def interrupt(event: StageEvent) -> None:
+        if ": " in event.name:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engines(copy, RTX, StageClock(interrupt))
+    assert engine_folders(copy.root) == []
+
+
+def test_unknown_gpus_and_graphs_are_refused(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["engine", str(bundle.root), "--target", "trt-rtx"]
+    assert main([*words, "--compute-capability", "8.7"]) == 2
+    assert "got 8.7; need some of 7.5, 8.0" in capsys.readouterr().err
+    assert main([*words, "--graph", "other"]) == 2
+    assert "the bundle has no graph 'other'" in capsys.readouterr().err
+    assert main([*words, "--max-batch", "0"]) == 2
+    assert "--max-batch: is too small; got 0; need at least 1" in capsys.readouterr().err
+
+
+def test_tensorrt_without_package_or_gpu_is_one_line(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MachineError, match="TensorRT is not installed"):
+        build_engines(bundle, EngineSpec(Target.TRT))
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.3.0"))
+    monkeypatch.setattr(ours, "has_driver", lambda: False)
+    with pytest.raises(MachineError, match="only on a machine with an NVIDIA GPU and driver"):
+        build_engines(bundle, EngineSpec(Target.TRT))
+    with pytest.raises(ExportError, match="builds for the GPU of this machine only"):
+        build_engines(bundle, EngineSpec(Target.TRT, compute_capabilities=("8.7",)))
+
+
+def test_no_heavy_module_is_loaded(bundle: Bundle) -> None:
+    code = (
+        "import sys; from exporter.cli import main; code = main(sys.argv[1:]);"
+        "heavy = {'torch', 'transformers', 'peft', 'onnx', 'onnx_ir', 'safetensors', 'onnxruntime'} & set(sys.modules);"
+        "print(sorted(heavy)); sys.exit(code or bool(heavy))"
+    )
+    words = ["engine", str(bundle.root), "--target", "trt-rtx", "--max-tokens", "16", "--max-context", "32"]
+    run = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "dynamic.plan" in run.stdout
+
+
+def shape(**other: Any) -> SignatureShape:
+    return SignatureShape(
+        **({"vocab_size": 32, "kv_heads": (2,), "head_dims": (8,), "scalings": 3, "experts": 2, "gate": True} | other)
+    )
+
+
+def test_profiles_cover_empty_caches_and_steps_without_logits() -> None:
+    signature = signature_from_shape(shape())
+    graph = SimpleNamespace(signature=signature)
+    prefill, decode = profiles_of(graph, EngineSpec(Target.TRT, max_batch=3, max_tokens=100), 80)  # type: ignore[arg-type]
+    by_name = {spec.name: spec for spec in signature.inputs}
+    assert shapes_of(by_name["input_ids"], prefill) == ((1, 1), (1, 80), (3, 80))
+    assert shapes_of(by_name["past_key_0"], decode) == ((1, 2, 0, 8), (1, 2, 80, 8), (6, 2, 80, 8))
+    assert shapes_of(by_name["logit_index"], decode) == ((1, 0), (1, 1), (6, 1))
+    assert shapes_of(by_name["scalings"], decode) == ((1, 1, 3, 2), (1, 1, 3, 2), (6, 1, 3, 2))
