@@ -128,9 +128,9 @@ def test_every_requirement_has_a_pin_that_meets_it() -> None:
 
 
 def _requirements() -> list[Requirement]:
-    """What scripts/setup asks for: everything but the other onnxruntime."""
+    """What scripts/setup asks for: everything but the other onnxruntime and the TensorRT that needs a GPU."""
     project = PYPROJECT["project"]
-    extras = [words for name, words in project["optional-dependencies"].items() if name != "gpu"]
+    extras = [words for name, words in project["optional-dependencies"].items() if name not in ("gpu", "tensorrt")]
     groups = [PYPROJECT["build-system"]["requires"], project["dependencies"], *extras]
     return [Requirement(word) for group in groups for word in group]
 
