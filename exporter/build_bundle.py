@@ -27,6 +27,7 @@ from exporter.external_data import check_external_data
 from exporter.gate import Gate, gate_info
 from exporter.graphs import OPSETS, Exported, GraphPlan, export_graph, parameter_count
 from exporter.model_facts import base_info, module_kinds, refuse_untraceable, signature_shape, untying_notes
+from exporter.op_lint import STATUS, lint, require_lintable
 from exporter.publish import publish, stage
 from exporter.reference import Reference
 from exporter.rounding import require_rounded, round_model
@@ -39,6 +40,7 @@ from exporter.verification import Verification
 from exporter.verify import LOGITS_LIMIT
 from exporter.watch import PeakMemory, StageClock
 from runtime.bundle import Bundle
+from runtime.engines import Target
 from runtime.golden import GOLDEN_PATH, Golden, GoldenCase
 from runtime.manifest import (
     FORMAT_VERSION,
@@ -101,6 +103,7 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
             proof_root = root if spec.dtype is DType.FLOAT32 else root / TWIN
             with clock.stage("trace and store", root):
                 proofs = export_graphs(parts, spec, DType.FLOAT32, proof_root)
+            check_operators(proofs, spec, clock)
             with clock.stage("verify"):
                 reports, golden = verify_graphs(parts, spec, proofs, proof_root, root)
             for note in idle_adapter_notes(reports, proofs):
@@ -249,6 +252,16 @@ def graph_info(plan: GraphPlan, mode: Mode, mix: dict[str, float] | None) -> Gra
         signature=plan.signature,
         mix=mix,
     )
+
+
+def check_operators(graphs: Sequence[Exported], spec: BuildSpec, clock: StageClock) -> None:
+    """Lint for old TensorRT: an error where engines of it are asked for, a note where a portable graph is not clean."""
+    for graph in graphs:
+        if Target.TRT in spec.targets:
+            require_lintable(graph.model, graph.info.name)
+        elif spec.emit is Emit.PORTABLE and (found := lint(graph.model)):
+            operators = ", ".join(sorted({finding.operator for finding in found}))
+            clock.notes(f"graph {graph.info.name}: TensorRT 10.3 may not take {operators} ({STATUS})")
 
 
 def verify_graphs(

@@ -133,7 +133,7 @@ def inspect(args: argparse.Namespace) -> int:
 def build(args: argparse.Namespace) -> int:
     """Build and publish."""
     spec = _build_spec(args)
-    engines = [_engine_spec(args, Target(name)) for name in dict.fromkeys(args.target or ()) if name != "ort"]
+    engines = [_engine_spec(args, target) for target in spec.targets]
     from exporter.progress import shown_stages
 
     for engine_spec in engines:
@@ -233,6 +233,7 @@ def _build_spec(args: argparse.Namespace) -> BuildSpec:
         prompts=tuple(args.prompts),
         overwrite=args.overwrite,
         threads=args.threads,
+        targets=tuple(Target(name) for name in dict.fromkeys(args.target or ()) if name != "ort"),
     )
 
 

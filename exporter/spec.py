@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from runtime.engines import Target
 from runtime.manifest import Emit, Mode, TopkSoftmax, VerifyLevel
 
 
@@ -51,3 +52,4 @@ class BuildSpec:
     prompts: tuple[str, ...] = ()  # texts for verification; empty: the built-in ones
     overwrite: bool = False  # replace an existing bundle at `out`
     threads: int | None = None  # of ONNX Runtime during verification
+    targets: tuple[Target, ...] = ()  # engines to be built from the bundle: what they cannot take is refused early

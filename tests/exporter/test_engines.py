@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,19 +17,31 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+import exporter.build_bundle
+from exporter import build
 from exporter.cli import main
 from exporter.engines import EngineSpec, build_engines
 from exporter.engines import tensorrt as ours
 from exporter.engines.spec import profiles_of, shapes_of
 from exporter.errors import ExportError
+from exporter.spec import DType
 from exporter.watch import StageClock, StageEvent
 from runtime.bundle import Bundle, open_bundle
 from runtime.engines import Machine, Target, engine_folders, misfits, open_engines, require_fit
 from runtime.errors import InputError, MachineError
 from runtime.inspect import render
+from runtime.manifest import Emit, VerifyLevel
 from runtime.signature import SignatureShape, signature_from_shape
 from tests.exporter.reseal import reseal
-from tests.exporter.tiny_builds import Built
+from tests.exporter.tiny_builds import (
+    Built,
+    named_sources,
+    quick,
+    write_gate,
+    write_lively_base,
+    write_lora,
+    write_three_experts,
+)
 
 pytest.importorskip("tensorrt_rtx", reason="the extra trt-rtx is not installed")
 RTX = EngineSpec(Target.TRT_RTX, compute_capabilities=("8.6",), max_batch=2, max_tokens=16, max_context=64)
@@ -115,9 +128,7 @@ def test_a_damaged_engine_is_built_anew(bundle: Bundle) -> None:
 
 def test_other_settings_are_other_engines(bundle: Bundle) -> None:
     first = build_engines(bundle, RTX)
-    import dataclasses
-
-    other = build_engines(bundle, dataclasses.replace(RTX, compute_capabilities=("8.9", "8.6"), max_batch=1))
+    other = build_engines(bundle, replace(RTX, compute_capabilities=("8.9", "8.6"), max_batch=1))
     assert first.root != other.root
     assert other.manifest.compute_capabilities == ("8.6", "8.9")
     assert not misfits(other.manifest, bundle.digest, machine(compute_capability="8.9"))
@@ -257,3 +268,50 @@ def test_profiles_cover_empty_caches_and_steps_without_logits() -> None:
     assert shapes_of(by_name["past_key_0"], decode) == ((1, 2, 0, 8), (1, 2, 80, 8), (6, 2, 80, 8))
     assert shapes_of(by_name["logit_index"], decode) == ((1, 0), (1, 1), (6, 1))
     assert shapes_of(by_name["scalings"], decode) == ((1, 1, 3, 2), (1, 1, 3, 2), (6, 1, 3, 2))
+
+
+def test_a_build_for_tensorrt_is_linted_before_it_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A modern graph for JetPack 6 is refused by the operators' names, a portable one goes on."""
+    base = write_lively_base(tmp_path / "base", num_hidden_layers=1)
+    sources = named_sources({"one": write_lora(tmp_path / "one", base, ("q_proj",), 2)})
+    spec = replace(quick(sources, base), targets=(Target.TRT,), out=tmp_path / "bundle", verify=VerifyLevel.STRUCTURE)
+    assert build(spec).manifest.graphs
+    monkeypatch.setattr(exporter.build_bundle, "verify_graphs", lambda *_: pytest.fail("too late"))
+    with pytest.raises(
+        ExportError, match=r"graph dynamic: the graph uses what TensorRT 10\.3 may not take; got Attention"
+    ):
+        build(replace(spec, emit=Emit.MODERN, out=tmp_path / "modern"))
+    assert not (tmp_path / "modern").exists()
+
+
+def test_one_command_builds_bundle_and_engines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = write_lively_base(tmp_path / "base", num_hidden_layers=1)
+    lora = write_lora(tmp_path / "one", base, ("q_proj",), 2)
+    words = ["build", "--base", str(base), "--adapters", f"one={lora}", "--verify", "structure", "--out"]
+    small = ["--target", "ort", "--target", "trt-rtx", "--compute-capability", "8.9", "--max-tokens", "8"]
+    assert main([*words, str(tmp_path / "bundle"), *small]) == 0
+    [engines] = engine_folders(tmp_path / "bundle")
+    assert capsys.readouterr().out.splitlines()[-1] == str(engines)
+    assert open_engines(engines).manifest.compute_capabilities == ("8.9",)
+    assert main([*words, str(tmp_path / "other"), "--target", "trt"]) == 3
+    assert not (tmp_path / "other").exists(), "what is missing is said before the work"
+
+
+@pytest.mark.parametrize("dtype", [DType.FLOAT16, DType.BFLOAT16])
+def test_half_builds_become_engines(dtype: DType, tmp_path: Path) -> None:
+    """Strongly typed: the graph's dtypes, the gate in float32. Numbers need a GPU."""
+    base = write_lively_base(tmp_path / "base", num_hidden_layers=1)
+    experts = write_three_experts(tmp_path / "experts", base, ends=False)
+    gate = write_gate(tmp_path / "xlora", base, experts)
+    spec = replace(quick(named_sources(experts), base), gate=gate, dtype=dtype, out=tmp_path / "bundle")
+    engines = build_engines(build(spec), RTX)
+    assert [plan.graph for plan in engines.manifest.plans] == ["dynamic"]
+
+
+def test_a_modern_graph_in_float32_is_refused_by_name(tmp_path: Path) -> None:
+    base = write_lively_base(tmp_path / "base", num_hidden_layers=1)
+    sources = named_sources({"one": write_lora(tmp_path / "one", base, ("q_proj",), 2)})
+    spec = replace(quick(sources, base), emit=Emit.MODERN, out=tmp_path / "bundle", verify=VerifyLevel.STRUCTURE)
+    bundle = build(spec)
+    with pytest.raises(ExportError, match="TensorRT for RTX has no Attention operator in float32"):
+        build_engines(bundle, RTX)
