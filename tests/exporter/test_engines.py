@@ -24,7 +24,7 @@ from exporter.engines import EngineSpec, build_engines
 from exporter.engines import tensorrt as ours
 from exporter.engines.spec import profiles_of, shapes_of
 from exporter.errors import ExportError
-from exporter.spec import DType
+from exporter.spec import AdapterSource, BuildSpec, DType
 from exporter.watch import StageClock, StageEvent
 from runtime.bundle import Bundle, open_bundle
 from runtime.engines import Machine, Target, engine_folders, misfits, open_engines, require_fit
@@ -43,7 +43,8 @@ from tests.exporter.tiny_builds import (
     write_three_experts,
 )
 
-pytest.importorskip("tensorrt_rtx", reason="the extra trt-rtx is not installed")
+if sys.platform == "darwin":
+    pytest.skip("TensorRT for RTX has no macOS package", allow_module_level=True)
 RTX = EngineSpec(Target.TRT_RTX, compute_capabilities=("8.6",), max_batch=2, max_tokens=16, max_context=64)
 Family = Callable[[str], Built]
 
@@ -315,3 +316,14 @@ def test_a_modern_graph_in_float32_is_refused_by_name(tmp_path: Path) -> None:
     bundle = build(spec)
     with pytest.raises(ExportError, match="TensorRT for RTX has no Attention operator in float32"):
         build_engines(bundle, RTX)
+
+
+def test_the_demo_checkpoint_becomes_an_engine(tmp_path: Path) -> None:
+    examples = Path(__file__).resolve().parents[2] / "examples" / "four-tasks"
+    spec = BuildSpec((AdapterSource(examples / "xlora"),), verify=VerifyLevel.STRUCTURE, out=tmp_path / "bundle")
+    engines = build_engines(build(spec), EngineSpec(Target.TRT_RTX))
+    assert engines.manifest.compute_capabilities == ()
+    assert not misfits(engines.manifest, engines.manifest.bundle, machine(compute_capability="12.1"))
+    assert "here it is 7.5" in " ".join(
+        misfits(engines.manifest, engines.manifest.bundle, machine(compute_capability="7.5"))
+    )
