@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from exporter.spec import AdapterSource, BuildSpec, CacheChoice, DType
 from runtime.command import run_command
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from exporter.engines.spec import EngineSpec
     from exporter.watch import StageClock
     from runtime.bundle import Bundle
+
+E = TypeVar("E", bound=StrEnum)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         "engine", help="build a bundle's TensorRT engines, on the device or (trt-rtx) anywhere"
     )
     engine.add_argument("bundle", type=Path, metavar="BUNDLE")
-    engine.add_argument("--target", action="append", type=Target, choices=list(Target), required=True)
+    engine.add_argument("--target", action="append", type=_one_of(Target), choices=list(Target), required=True)
     engine.add_argument("--graph", dest="graphs", action="append", default=[], metavar="NAME", help="default: all")
     engine.add_argument("--overwrite", action="store_true", help="build again what is there")
     _add_engine_options(engine)
@@ -53,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
     check = commands.add_parser("verify", help="check a bundle, alone or against its sources")
     check.add_argument("bundle", type=Path, metavar="BUNDLE")
     _add_sources(check)
-    check.add_argument("--verify", type=VerifyLevel, choices=list(VerifyLevel)[:2], help="extent of the numeric checks")
+    check.add_argument(
+        "--verify", type=_one_of(VerifyLevel), choices=["full", "quick"], help="extent of the numeric checks"
+    )
     check.add_argument("--threads", type=int, metavar="N")
     _add_quiet(check)
     return top
@@ -62,15 +67,25 @@ def parser() -> argparse.ArgumentParser:
 def _add_build(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     _add_sources(command)
-    add("--mode", nargs="+", type=Mode, choices=list(Mode), default=[Mode.DYNAMIC], help="one or both")
+    add("--mode", nargs="+", type=_one_of(Mode), choices=list(Mode), default=[Mode.DYNAMIC], help="one or both")
     add("--mix", metavar="math=0.7,code=0.3", help="the mix of a static graph; 'base' for no expert")
     add("--out", type=Path, metavar="DIR", help="default ./NAME-MODE")
     add("--overwrite", action="store_true", help="replace the bundle that is there")
-    add("--emit", type=Emit, choices=list(Emit), default=Emit.PORTABLE, help="opset 18 or opset 24 operators")
-    add("--dtype", type=DType, choices=list(DType), default=DType.FLOAT32, help="of weights and K/V")
-    add("--cache", type=CacheChoice, choices=list(CacheChoice), default=CacheChoice.KV)
-    add("--topk-softmax", type=TopkSoftmax, choices=list(TopkSoftmax), help="the rule the gate was trained with")
-    add("--verify", type=VerifyLevel, choices=list(VerifyLevel), help="default full up to 300 M parameters, then quick")
+    add("--emit", type=_one_of(Emit), choices=list(Emit), default=Emit.PORTABLE, help="opset 18 or opset 24 operators")
+    add("--dtype", type=_one_of(DType), choices=list(DType), default=DType.FLOAT32, help="of weights and K/V")
+    add("--cache", type=_one_of(CacheChoice), choices=list(CacheChoice), default=CacheChoice.KV)
+    add(
+        "--topk-softmax",
+        type=_one_of(TopkSoftmax),
+        choices=list(TopkSoftmax),
+        help="the rule the gate was trained with",
+    )
+    add(
+        "--verify",
+        type=_one_of(VerifyLevel),
+        choices=list(VerifyLevel),
+        help="default full up to 300 M parameters, then quick",
+    )
     add("--prompt", dest="prompts", action="append", default=[], metavar="TEXT", help="verify with these texts")
     add("--threads", type=int, metavar="N", help="of ONNX Runtime during verification")
     targets = ["ort", *Target]
@@ -108,6 +123,18 @@ def _add_sources(command: argparse.ArgumentParser) -> None:
 
 def _add_quiet(command: argparse.ArgumentParser) -> None:
     command.add_argument("-q", "--quiet", action="store_true", help="errors and results only")
+
+
+def _one_of(kind: type[E]) -> Callable[[str], E]:
+    """An argparse type that names what may be given."""
+
+    def read(text: str) -> E:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(kind)}") from None
+
+    return read
 
 
 def _source(text: str) -> AdapterSource:

@@ -36,8 +36,13 @@ def profiles_of(graph: GraphInfo, spec: EngineSpec, max_positions: int) -> tuple
     """Prefill and decode, over the symbols of the graph's signature; a graph without cache has one for both.
 
     An empty cache and a step without logits are part of every range: C and K begin at 0 (the graph that writes its
-    cache itself needs a capacity of at least 1).
+    cache itself needs a capacity of at least 1). Raises ExportError for more positions than the model has.
     """
+    if spec.max_context is not None and spec.max_context > max_positions:
+        raise ExportError(
+            "is more than the model has positions", where="--max-context", got=str(spec.max_context),
+            need=f"at most {max_positions}", code="E_ENGINE",
+        )  # fmt: skip
     context = min(spec.max_context or 4096, max_positions)
     tokens = min(spec.max_tokens, context)
     some = Range(min=0, opt=1, max=1)

@@ -227,6 +227,8 @@ def test_unknown_gpus_and_graphs_are_refused(bundle: Bundle, capsys: pytest.Capt
     assert "got 8.7; need some of 7.5, 8.0" in capsys.readouterr().err
     assert main([*words, "--graph", "other"]) == 2
     assert "the bundle has no graph 'other'" in capsys.readouterr().err
+    assert main([*words, "--max-context", "100000"]) == 2
+    assert "--max-context: is more than the model has positions; got 100000; need at most" in capsys.readouterr().err
     assert main([*words, "--max-batch", "0"]) == 2
     assert "--max-batch: is too small; got 0; need at least 1" in capsys.readouterr().err
 
