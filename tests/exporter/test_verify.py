@@ -212,6 +212,13 @@ def test_level_is_full_for_small_models(family_build: Callable[[str], Built], mo
     assert make_verification(parts, BuildSpec(verify=VerifyLevel.FULL), None).level is VerifyLevel.FULL
 
 
+def test_none_of_the_users_prompts_is_left_out(family_build: Callable[[str], Built]) -> None:
+    parts = family_build("llama").checkpoint.parts()
+    texts = tuple(f"text {number}" for number in range(40))
+    assert make_verification(parts, BuildSpec(prompts=texts), None)._extent().prompts == 40
+    assert make_verification(parts, BuildSpec(prompts=texts[:2]), None)._extent().prompts == 32
+
+
 def test_a_build_whose_graph_is_wrong_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = write_lively_base(tmp_path / "base", num_hidden_layers=1)
     sources = named_sources({"one": write_lora(tmp_path / "one", base, ("q_proj", "v_proj"), 2)})
