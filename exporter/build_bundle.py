@@ -112,6 +112,7 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
             if spec.dtype is not DType.FLOAT32:
                 with clock.stage(f"round to {spec.dtype}", root):
                     graphs = export_rounded(parts, spec, proofs, root)
+                check_operators(graphs, spec, clock)  # other dtypes, other rules
             write_golden(golden, root)
             with clock.stage("digest sources"):
                 manifest = describe(parts, spec, graphs, reports, tokenizer)

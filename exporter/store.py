@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -109,7 +110,7 @@ class WeightStore:
     def weights(self, prefix: str) -> list[Weight]:
         """The stored tensors whose names begin so, all the right way round."""
         return [
-            upright(Weight(name, stored.dtype, stored.shape, lambda name=name: self.read(name)))  # type: ignore[misc]
+            upright(Weight(name, stored.dtype, stored.shape, partial(self.read, name)))
             for name, stored in self.stored.items()
             if name.startswith(prefix)
         ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from runtime.bundle import Bundle
-from runtime.errors import InputError, MachineError
+from runtime.errors import MachineError
 from runtime.manifest import MANIFEST_NAME, Digest, ListedFile, Listing, RelativePath, Strict
 from runtime.sealed_folder import SealedFolder, parse_manifest, read_sealed
 
@@ -78,10 +78,6 @@ class EngineManifest(Listing):
     device: str  # the GPU built on; empty: built without one
     plans: tuple[PlanInfo, ...]
     artifacts: tuple[PlanFile, ...]
-
-    def files(self) -> tuple[ListedFile, ...]:
-        """Every listed file."""
-        return self.artifacts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,12 +171,3 @@ def require_fit(engines: EngineFolder, bundle: Bundle, machine: Machine) -> None
             fix=f"python -m exporter engine {bundle.root} --target {machine.target}",
             code="E_ENGINE",
         )
-
-
-def plan_of(engines: EngineFolder, graph: str) -> PlanInfo:
-    """The plan of a graph."""
-    for plan in engines.manifest.plans:
-        if plan.graph == graph:
-            return plan
-    have = ", ".join(plan.graph for plan in engines.manifest.plans)
-    raise InputError(f"no engine of graph {graph!a}", where=str(engines.root), need=f"one of {have}", code="E_ENGINE")

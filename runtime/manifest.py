@@ -146,10 +146,7 @@ class Listing(Strict):
     """What the manifests of all sealed folders have."""
 
     format_version: int
-
-    def files(self) -> tuple[ListedFile, ...]:
-        """Every listed file."""
-        raise NotImplementedError
+    artifacts: tuple[ListedFile, ...]
 
 
 class Artifact(ListedFile):
@@ -213,7 +210,3 @@ class Manifest(Listing):
     reports: tuple[VerifyReport, ...]
     versions: dict[str, str]
     build_log: Literal["build.json"] = BUILD_LOG_NAME
-
-    def files(self) -> tuple[ListedFile, ...]:
-        """Every listed file."""
-        return self.artifacts

@@ -59,7 +59,7 @@ class SealedFolder(Generic[M]):
 
     def _listed(self, name: ListedFile | str) -> ListedFile:
         path = name if isinstance(name, str) else name.path
-        for artifact in self.manifest.files():
+        for artifact in self.manifest.artifacts:
             if artifact.path == path:
                 return artifact
         raise InputError(f"the manifest lists no file {path!a}", where=str(self.root), code="E_UNLISTED")
@@ -77,7 +77,7 @@ def read_sealed(
         digest = hashlib.sha256(data).hexdigest()
         _check_seal(tree, digest)
         manifest = parse(data, tree.where(MANIFEST_NAME))
-        files = manifest.files()
+        files = manifest.artifacts
         raise_all(str(tree.root), _closed_world_problems(tree, files))
         return manifest, digest, _check_files(tree, files, _check_file if check_digests else _check_kind)
 
@@ -92,10 +92,10 @@ def parse_manifest(model: type[M], version: int, data: bytes, where: str, contra
         raise
     bad_paths = [
         InputError(f"the listed path {path[:300]!a} {what}", where=where, code="E_PATH")
-        for path, what in listing_problems(manifest.files())
+        for path, what in listing_problems(manifest.artifacts)
     ]
     too_large = [
-        InputError(f"{name}: {what}", where=where, code="E_LIMIT") for name, what in size_problems(manifest.files())
+        InputError(f"{name}: {what}", where=where, code="E_LIMIT") for name, what in size_problems(manifest.artifacts)
     ]
     against = [InputError(f"{name}: {what}", where=where, code="E_MANIFEST") for name, what in contradictions(manifest)]
     raise_all(where, [*bad_paths[:_MAX_SHOWN], *too_large[:_MAX_SHOWN], *against[:_MAX_SHOWN]])

@@ -57,7 +57,7 @@ def build_engines(bundle: Bundle, spec: EngineSpec, clock: StageClock | None = N
     with PeakMemory() as clock.memory, stage(out, overwrite=True, estimate_bytes=estimate_bytes(bundle)) as staged:
         log: dict[str, list[str]] = {}
         for graph, plan in zip(graphs, planned.plans, strict=True):
-            builder = Builder(trt, spec, lambda text, name=graph.name: clock.listener(StageEvent(f"{name}: {text}")))  # type: ignore[misc]
+            builder = Builder(trt, spec, partial(_tell, clock, graph.name))
             with clock.stage(f"engine {graph.name}", staged.folder):
                 log[graph.name] = builder.build(
                     graph, bundle.file(graph.path), plan.profiles, staged.folder / plan.path
@@ -65,6 +65,10 @@ def build_engines(bundle: Bundle, spec: EngineSpec, clock: StageClock | None = N
         with clock.stage("publish"):
             build_log = {"seconds": clock.seconds, "peak_bytes": clock.memory.as_dict(), "log": log}
             return publish_sealed(staged, planned, LAYOUT, build_log)
+
+
+def _tell(clock: StageClock, graph: str, text: str) -> None:
+    clock.listener(StageEvent(f"{graph}: {text}"))
 
 
 def chosen_graphs(bundle: Bundle, spec: EngineSpec) -> list[GraphInfo]:

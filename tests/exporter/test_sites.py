@@ -178,3 +178,21 @@ def test_a_groups_path_names_its_sites() -> None:
     assert joined_path(["h.0.attn.q"]) == "h.0.attn.q"
     assert joined_path(["h.0.a.q", "h.0.b.q"]) == "h.0.a.q+b.q"
     assert joined_path(["q", "k"]) == "q+k"
+
+
+class Doubling(nn.Linear):
+    """A Linear that does more than W x + bias."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_linear_that_does_more_keeps_its_own_forward() -> None:
+    base = Doubling(WIDTH, OUT)
+    group = stack(experts(("q",), ("q",), ("q",)), [("q", SiteKind.LINEAR)])
+    state = StepState(Columns([group], EXPERTS, shared=True)(torch.ones(1, 1, 1, EXPERTS)))
+    x = torch.ones(1, 1, WIDTH)
+    delta = gated_modules({"q": base}, [group], state)["q"](x) - base(x)
+    plain = nn.Linear(WIDTH, OUT)
+    assert difference(delta, gated_modules({"q": plain}, [group], state)["q"](x) - plain(x)) <= NOISE * 10
+    assert float(delta.detach().abs().max()) > 0.1
