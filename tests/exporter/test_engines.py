@@ -301,14 +301,22 @@ def test_one_command_builds_bundle_and_engines(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("dtype", [DType.FLOAT16, DType.BFLOAT16])
-def test_half_builds_become_engines(dtype: DType, tmp_path: Path) -> None:
+def test_half_builds_become_engines(dtype: DType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Strongly typed: the graph's dtypes, the gate in float32. Numbers need a GPU."""
     base = write_lively_base(tmp_path / "base", num_hidden_layers=1)
     experts = write_three_experts(tmp_path / "experts", base, ends=False)
     gate = write_gate(tmp_path / "xlora", base, experts)
     spec = replace(quick(named_sources(experts), base), gate=gate, dtype=dtype, out=tmp_path / "bundle")
+    linted: list[str] = []
+
+    def lint(model: Any) -> tuple[()]:
+        linted.append(str(next(value.dtype for value in model.graph.outputs if value.name == "logits")))
+        return ()
+
+    monkeypatch.setattr(exporter.build_bundle, "lint", lint)
     engines = build_engines(build(spec), RTX)
     assert [plan.graph for plan in engines.manifest.plans] == ["dynamic"]
+    assert linted == ["FLOAT", {"float16": "FLOAT16", "bfloat16": "BFLOAT16"}[dtype.value]], "what is published too"
 
 
 def test_a_modern_graph_in_float32_is_refused_by_name(tmp_path: Path) -> None:

@@ -188,6 +188,7 @@ class Doubling(nn.Linear):
 
 
 def test_a_linear_that_does_more_keeps_its_own_forward() -> None:
+    torch.manual_seed(0)
     base = Doubling(WIDTH, OUT)
     group = stack(experts(("q",), ("q",), ("q",)), [("q", SiteKind.LINEAR)])
     state = StepState(Columns([group], EXPERTS, shared=True)(torch.ones(1, 1, 1, EXPERTS)))
