@@ -13,17 +13,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from exporter.adapters import GateConfig
 from exporter.gate import Gate, apply_topk_rules, gate_info, scaling_pass_row
 from exporter.passes.pipeline import run_passes
 from exporter.reference import _layer_rules
 from runtime.manifest import Emit, TopkSoftmax
-
-HUGE = 65_504.0  # the largest fp16 number
-ROWS = 20  # an example is this many rows: 500 examples are 10,000
-Rows = NDArray[np.float32]
+from tests.gate_rows import HUGE, ROWS, Rows, logits
 
 
 def config(experts: int, sites: int = 1, **rules: Any) -> GateConfig:
@@ -34,27 +30,6 @@ def config(experts: int, sites: int = 1, **rules: Any) -> GateConfig:
         global_scaling_weight=1.0,
     )  # fmt: skip
     return replace(plain, **rules)
-
-
-KINDS = ("masked", "equal", "highest", "lowest", "edges", "spread")
-
-
-@st.composite
-def logits(draw: st.DrawFn) -> Rows:
-    """[ROWS, K], K of 1 to 64: rows all masked (zero), all equal, at the edges of fp16, and anything below them."""
-    experts = draw(st.integers(1, 64))
-    value = np.float32(draw(st.floats(-HUGE, HUGE, width=32)))
-    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    made = {
-        "masked": lambda: np.zeros(experts),
-        "equal": lambda: np.full(experts, value),
-        "highest": lambda: np.full(experts, HUGE),
-        "lowest": lambda: np.full(experts, -HUGE),
-        "edges": lambda: random.choice([0.0, -0.0, 1e-30, HUGE, -HUGE], experts),
-        "spread": lambda: random.uniform(-abs(value), abs(value), experts),
-    }
-    kinds = draw(st.lists(st.sampled_from(KINDS), min_size=ROWS, max_size=ROWS))
-    return np.stack([made[kind]() for kind in kinds]).astype(np.float32)
 
 
 def run(rows: Rows, rules: GateConfig) -> torch.Tensor:

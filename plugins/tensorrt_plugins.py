@@ -1,0 +1,171 @@
+"""The operators as TensorRT plugins (IPluginV3), for both packages: `tensorrt` and `tensorrt_rtx` share the API."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from plugins.driver import Kernels, installed_kernels
+from plugins.launches import Launch, gate_launches, low_rank_launches, workspace_bytes
+from plugins.operators import DOMAIN, GATE_SCALINGS, GATED_LOW_RANK, VERSION, GateRules
+
+logger = logging.getLogger(__name__)
+
+INTEGERS = ("softmax", "top_k", "topk_softmax")  # attributes of GateScalings that are no float
+
+
+def register(trt: Any, kernels: Callable[[], Kernels] = installed_kernels) -> None:
+    """Make both plugins known to this process's TensorRT, once; kernels are loaded when an engine runs."""
+    registry = trt.get_plugin_registry()
+    for creator in creators(trt, kernels):
+        if registry.get_creator(creator.name, VERSION, DOMAIN) is None:
+            registry.register_creator(creator, DOMAIN)
+
+
+def unregister(trt: Any) -> None:
+    """Forget both."""
+    registry = trt.get_plugin_registry()
+    for name in (GATE_SCALINGS, GATED_LOW_RANK):
+        if (creator := registry.get_creator(name, VERSION, DOMAIN)) is not None:
+            registry.deregister_creator(creator)
+
+
+@cache  # TensorRT keeps no reference to what Python made
+def creators(trt: Any, kernels: Callable[[], Kernels]) -> tuple[Any, ...]:
+    """The two creators; their classes derive from `trt`'s own, so they are made when it is known."""
+    loaded = cache(kernels)
+
+    class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
+        """What both plugins share: contiguous tensors of one dtype, and launches made from shapes."""
+
+        def __init__(self, name: str) -> None:
+            for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
+                base.__init__(self)
+            self.plugin_name, self.plugin_version, self.plugin_namespace = name, VERSION, DOMAIN
+            self.num_outputs = 1
+
+        def get_capability_interface(self, kind: Any) -> Any:
+            return self
+
+        def clone(self) -> Any:
+            raise NotImplementedError
+
+        def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
+            return [input_types[0]]
+
+        def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any) -> list[Any]:
+            return [trt.DimsExprs(inputs[0])]
+
+        def supports_format_combination(self, position: int, described: Sequence[Any], inputs: int) -> bool:
+            """All tensors have the dtype of the first; `kinds` says where it must be float32."""
+            wanted, first = described[position].desc, described[0].desc
+            floats = (trt.float32, trt.float16, trt.bfloat16)
+            dtype = trt.float32 if position in self.always_float32 else first.type
+            return wanted.format == trt.TensorFormat.LINEAR and first.type in floats and wanted.type == dtype
+
+        always_float32: tuple[int, ...] = ()
+
+        def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+            """Nothing depends on it."""
+
+        def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+            """Launches are made from the shapes of each call."""
+
+        def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+            return 0
+
+        def get_valid_tactics(self) -> list[int]:
+            return []
+
+        def set_tactic(self, tactic: int) -> None:
+            """There is one."""
+
+        def attach_to_context(self, context: Any) -> Any:
+            return self.clone()
+
+        def get_fields_to_serialize(self) -> Any:
+            return trt.PluginFieldCollection([])
+
+        def run(self, launches: Sequence[Launch], pointers: Mapping[str, int], stream: int) -> int:
+            """Enqueue; an exception must not cross TensorRT, which knows numbers only."""
+            try:
+                for launch in launches:
+                    loaded().launch(launch, pointers, stream)
+            except (RuntimeError, LookupError, ImportError, OSError) as error:
+                logger.error("plugin %s: %s", self.plugin_name, error)
+                return 1
+            return 0
+
+    class GateScalings(Plugin):
+        """logits [..., E] -> scalings [..., E]."""
+
+        def __init__(self, rules: GateRules) -> None:
+            super().__init__(GATE_SCALINGS)
+            self.rules = rules
+
+        def clone(self) -> Any:
+            return GateScalings(self.rules)
+
+        def get_fields_to_serialize(self) -> Any:
+            return trt.PluginFieldCollection([_field(trt, *item) for item in self.rules.attributes().items()])
+
+        def enqueue(
+            self, described: Any, _: Any, inputs: Sequence[int], outputs: Sequence[int], workspace: int, stream: int
+        ) -> int:
+            launches = gate_launches(tuple(described[0].dims), _dtype(trt, described[0].type), self.rules)
+            return self.run(launches, {"logits": inputs[0], "scalings": outputs[0]}, stream)
+
+    class GatedLowRank(Plugin):
+        """base [..., out], x [..., in], a [R, in], b [R, out], factors [..., R] -> y [..., out]."""
+
+        always_float32 = (4,)
+
+        def __init__(self) -> None:
+            super().__init__(GATED_LOW_RANK)
+
+        def clone(self) -> Any:
+            return GatedLowRank()
+
+        def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+            return workspace_bytes(tuple(inputs[1].max), inputs[2].max[0])
+
+        def enqueue(
+            self, described: Any, _: Any, inputs: Sequence[int], outputs: Sequence[int], workspace: int, stream: int
+        ) -> int:
+            base, x, a, *_rest = described
+            launches = low_rank_launches(tuple(x.dims), a.dims[0], base.dims[-1], _dtype(trt, x.type))
+            names = ("base", "x", "a", "b", "factors")
+            pointers = dict(zip(names, inputs, strict=True)) | {"y": outputs[0], "hidden": workspace}
+            return self.run(launches, pointers, stream)
+
+    class Creator(trt.IPluginCreatorV3One):
+        """Makes one of the plugins from the fields of its node, or of a serialised engine."""
+
+        def __init__(self, name: str, fields: Sequence[tuple[str, int | float]], make: Callable[[Any], Any]) -> None:
+            trt.IPluginCreatorV3One.__init__(self)
+            self.name, self.plugin_version, self.plugin_namespace = name, VERSION, DOMAIN
+            self.field_names = trt.PluginFieldCollection([_field(trt, *field) for field in fields])
+            self.make = make
+
+        def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
+            return self.make({field.name: np.asarray(field.data).reshape(-1)[0].item() for field in fields})
+
+    rules = GateRules(softmax=True, temperature=1.0, top_k=0, topk_softmax=False)
+    return (
+        Creator(GATE_SCALINGS, tuple(rules.attributes().items()), lambda fields: GateScalings(GateRules.of(fields))),
+        Creator(GATED_LOW_RANK, (), lambda fields: GatedLowRank()),
+    )
+
+
+def _field(trt: Any, name: str, value: float) -> Any:
+    if name in INTEGERS:
+        return trt.PluginField(name, np.array([value], np.int32), trt.PluginFieldType.INT32)
+    return trt.PluginField(name, np.array([value], np.float32), trt.PluginFieldType.FLOAT32)
+
+
+def _dtype(trt: Any, dtype: Any) -> str:
+    return {trt.float32: "float32", trt.float16: "float16", trt.bfloat16: "bfloat16"}[dtype]
