@@ -24,7 +24,7 @@ from exporter.checkpoints import (
 )
 from exporter.errors import ExportError
 from exporter.external_data import check_external_data
-from exporter.gate import Gate, gate_info
+from exporter.gate import Gate, PluginGate, gate_info
 from exporter.graphs import OPSETS, Exported, GraphPlan, export_graph, parameter_count
 from exporter.model_facts import base_info, module_kinds, refuse_untraceable, signature_shape, untying_notes
 from exporter.op_lint import STATUS, lint, require_lintable
@@ -32,13 +32,14 @@ from exporter.publish import publish, stage
 from exporter.reference import Reference
 from exporter.rounding import require_rounded, round_model
 from exporter.sites import Site, SiteKind, stack
-from exporter.spec import BuildSpec, CacheChoice, DType
+from exporter.spec import BuildSpec, CacheChoice, DType, OpChoice
 from exporter.static import folded_weights, mix_row, rounded_weights, untied
 from exporter.store import WeightStore
 from exporter.tokenizer import load_tokenizer, write_tokenizer
 from exporter.verification import Verification
 from exporter.verify import LOGITS_LIMIT
 from exporter.watch import PeakMemory, StageClock
+from plugins.operators import GATE_SCALINGS, GATED_LOW_RANK
 from runtime.bundle import Bundle
 from runtime.engines import Target
 from runtime.golden import GOLDEN_PATH, Golden, GoldenCase
@@ -60,6 +61,7 @@ from runtime.text import Text
 
 FULL_UP_TO = 300_000_000  # parameters; above, `quick` is the default and weights stay mapped in verification
 VERSIONED = ("torch", "transformers", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+GATES: dict[OpChoice, type[Gate]] = {OpChoice.OPS: Gate, OpChoice.PLUGIN: PluginGate}
 TWIN = "twin"  # the fp32 graphs of an fp16 or bf16 build, inside the stage until they are verified
 
 
@@ -99,7 +101,7 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
             root = staged.folder
             tokenizer = write_tokenizer(inputs.base, root)
             with clock.stage("load base"):
-                parts = load_parts(inputs)
+                parts = load_parts(inputs, spec.gate_op)
             proof_root = root if spec.dtype is DType.FLOAT32 else root / TWIN
             with clock.stage("trace and store", root):
                 proofs = export_graphs(parts, spec, DType.FLOAT32, proof_root)
@@ -174,7 +176,7 @@ def estimate_bytes(spec: BuildSpec, inputs: Inputs) -> int:
     return base * copies + (64 << 20)
 
 
-def load_parts(inputs: Inputs) -> Parts:
+def load_parts(inputs: Inputs, gate_op: OpChoice = OpChoice.OPS) -> Parts:
     """The base in fp32, the sites and the gate."""
     model = load_base(inputs.base, torch.float32)
     kinds = module_kinds(inputs.base, model)
@@ -184,7 +186,7 @@ def load_parts(inputs: Inputs) -> Parts:
         model,
         kinds,
         stack(inputs.adapters, kinds),
-        None if gate is None else Gate(gate, len(inputs.adapters.experts)),
+        None if gate is None else GATES[gate_op](gate, len(inputs.adapters.experts)),
     )
 
 
@@ -215,8 +217,10 @@ def export_dynamic(parts: Parts, spec: BuildSpec, dtype: DType, store: WeightSto
         dtype=dtype,
         cache=cache_style(spec),
     )
-    plan = GraphPlan("dynamic", signature_from_shape(shape), spec.emit, parts.sites, gate)
-    return Exported(graph_info(plan, Mode.DYNAMIC, None), export_graph(parts.model, plan, store), store)
+    plan = GraphPlan("dynamic", signature_from_shape(shape), spec.emit, parts.sites, gate, spec.site_op)
+    return Exported(
+        graph_info(plan, Mode.DYNAMIC, None, plugins_of(spec, gate)), export_graph(parts.model, plan, store), store
+    )
 
 
 def export_static(
@@ -242,7 +246,13 @@ def cache_style(spec: BuildSpec) -> CacheStyle:
     return CacheStyle.ALIAS if spec.emit is Emit.MODERN else CacheStyle.APPEND
 
 
-def graph_info(plan: GraphPlan, mode: Mode, mix: dict[str, float] | None) -> GraphInfo:
+def plugins_of(spec: BuildSpec, gate: Gate | None) -> tuple[str, ...]:
+    """The operators of ours that the dynamic graph will have."""
+    chosen = ((GATE_SCALINGS, spec.gate_op if gate else OpChoice.OPS), (GATED_LOW_RANK, spec.site_op))
+    return tuple(name for name, choice in chosen if choice is OpChoice.PLUGIN)
+
+
+def graph_info(plan: GraphPlan, mode: Mode, mix: dict[str, float] | None, plugins: tuple[str, ...] = ()) -> GraphInfo:
     """The manifest's record of a graph."""
     return GraphInfo(
         name=plan.name,
@@ -252,6 +262,7 @@ def graph_info(plan: GraphPlan, mode: Mode, mix: dict[str, float] | None) -> Gra
         path=f"{plan.name}.onnx",
         signature=plan.signature,
         mix=mix,
+        plugins=plugins,
     )
 
 

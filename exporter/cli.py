@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
+import sys
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from exporter.spec import AdapterSource, BuildSpec, CacheChoice, DType
+from exporter.spec import AdapterSource, BuildSpec, CacheChoice, DType, OpChoice
 from runtime.command import run_command
 from runtime.engines import Target
 from runtime.errors import InputError
@@ -27,6 +29,7 @@ E = TypeVar("E", bound=StrEnum)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 done, 2 bad input, 3 the machine lacks something, 4 a defect, 130 Ctrl-C."""
     args = parser().parse_args(argv)
+    args.arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.ERROR if args.quiet else logging.WARNING, format="%(message)s")
     commands = {"inspect": inspect, "build": build, "engine": engine, "verify": verify}
     return run_command(
@@ -51,6 +54,8 @@ def parser() -> argparse.ArgumentParser:
     engine.add_argument("--target", action="append", type=_one_of(Target), choices=list(Target), required=True)
     engine.add_argument("--graph", dest="graphs", action="append", default=[], metavar="NAME", help="default: all")
     engine.add_argument("--overwrite", action="store_true", help="build again what is there")
+    for flag in ("--gate-op", "--site-op"):
+        engine.add_argument(flag, type=_one_of(OpChoice), choices=list(OpChoice), help="default: as the graph has it")
     _add_engine_options(engine)
     _add_quiet(engine)
     check = commands.add_parser("verify", help="check a bundle, alone or against its sources")
@@ -88,6 +93,9 @@ def _add_build(command: argparse.ArgumentParser) -> None:
     )
     add("--prompt", dest="prompts", action="append", default=[], metavar="TEXT", help="verify with these texts")
     add("--threads", type=int, metavar="N", help="of ONNX Runtime during verification")
+    plugin = "plain operators, or one plugin node with a fallback"
+    add("--gate-op", type=_one_of(OpChoice), choices=list(OpChoice), default=OpChoice.OPS, help=f"the gate: {plugin}")
+    add("--site-op", type=_one_of(OpChoice), choices=list(OpChoice), default=OpChoice.OPS, help=f"sites: {plugin}")
     targets = ["ort", *Target]
     add(
         "--target",
@@ -112,6 +120,13 @@ def _add_engine_options(command: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=int, default=512, metavar="N", help="prompt tokens in one step (default 512)")
     add("--max-context", type=int, metavar="N", help="tokens a request may have; default the model's, at most 4096")
     add("--workspace", type=int, metavar="MIB", help="memory that a layer may use; default TensorRT's")
+    timings = _cache_folder() / "trt-timings.bin"
+    add("--timing-cache", type=Path, default=timings, metavar="FILE", help=f"of trt builds (default {timings})")
+
+
+def _cache_folder() -> Path:
+    """Where this user's programs keep what they can make again (XDG base directories)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xlora-export"
 
 
 def _add_sources(command: argparse.ArgumentParser) -> None:
@@ -163,10 +178,14 @@ def build(args: argparse.Namespace) -> int:
     engines = [_engine_spec(args, target) for target in spec.targets]
     from exporter.progress import shown_stages
 
+    has_plugins = OpChoice.PLUGIN in (spec.gate_op, spec.site_op)
     for engine_spec in engines:
+        from exporter.engines.link import is_linked, run_linked
         from exporter.engines.tensorrt import load_tensorrt
 
         load_tensorrt(engine_spec.target)  # minutes before it is needed
+        if has_plugins and not is_linked(engine_spec.target):
+            return run_linked(args.arguments)
     with shown_stages(quiet=args.quiet) as clock:
         from exporter.build_bundle import build as build_bundle
 
@@ -182,11 +201,26 @@ def build(args: argparse.Namespace) -> int:
 
 def engine(args: argparse.Namespace) -> int:
     """Build engines beside a bundle."""
+    from exporter.engines.build import chosen_graphs
+    from exporter.engines.link import is_linked, run_linked
+    from exporter.engines.spec import plugins_of
+    from exporter.engines.tensorrt import load_tensorrt
     from runtime.bundle import open_bundle
 
     bundle = open_bundle(args.bundle)
-    for target in dict.fromkeys(args.target):
-        spec = dataclasses.replace(_engine_spec(args, target), graphs=tuple(args.graphs), overwrite=args.overwrite)
+    asked = {
+        "graphs": tuple(args.graphs),
+        "overwrite": args.overwrite,
+        "gate_op": args.gate_op,
+        "site_op": args.site_op,
+    }
+    specs = [dataclasses.replace(_engine_spec(args, target), **asked) for target in dict.fromkeys(args.target)]
+    for spec in specs:
+        load_tensorrt(spec.target)
+        plugins = [name for graph in chosen_graphs(bundle, spec) for name in plugins_of(graph, spec)]
+        if plugins and not is_linked(spec.target):
+            return run_linked(args.arguments)
+    for spec in specs:
         _build_engines(bundle, spec, quiet=args.quiet)
     return 0
 
@@ -201,6 +235,7 @@ def _engine_spec(args: argparse.Namespace, target: Target) -> EngineSpec:
         max_tokens=args.max_tokens,
         max_context=args.max_context,
         workspace_bytes=None if args.workspace is None else args.workspace << 20,
+        timing_cache=args.timing_cache,
     )
 
 
@@ -255,6 +290,8 @@ def _build_spec(args: argparse.Namespace) -> BuildSpec:
         emit=args.emit,
         dtype=args.dtype,
         cache=args.cache,
+        gate_op=args.gate_op,
+        site_op=args.site_op,
         topk_softmax=args.topk_softmax,
         verify=args.verify,
         prompts=tuple(args.prompts),

@@ -69,17 +69,23 @@ class TracedModel(nn.Module):
 
 @contextmanager
 def traced_model(
-    model: PreTrainedModel, sites: Sequence[Site], gate: Gate | None, cache: CacheStyle, *, shared: bool = False
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    gate: Gate | None,
+    cache: CacheStyle,
+    *,
+    shared: bool = False,
+    with_plugin: bool = False,
 ) -> Iterator[TracedModel]:
     """The model with its sites gated, its head picking and its attention reading session-owned caches.
 
-    `shared`: all sites read the same scalings (G = 1).
+    `shared`: all sites read the same scalings (G = 1). `with_plugin`: each update is one node of ours.
     """
     state = StepState()
-    groups = grouped_by_input(model, sites)
+    groups = [[site] for site in sites] if with_plugin else grouped_by_input(model, sites)
     columns = Columns(groups, sites[0].weights.shape[0], shared=shared) if sites else None
     bases = {site.path: model.get_submodule(site.path) for site in sites}
-    modules: dict[str, nn.Module] = {**gated_modules(bases, groups, state)}
+    modules: dict[str, nn.Module] = {**gated_modules(bases, groups, state, with_plugin=with_plugin)}
     head = head_path(model)
     modules[head] = PickingHead(modules.get(head, model.get_submodule(head)), state)
     attention = model.config._attn_implementation

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from exporter.adapters import GateConfig
+from exporter.plugin_nodes import gate_scalings, require_row_by_row
 from runtime.manifest import GateInfo, TopkSoftmax
 
 # A finite "minus infinity": all--inf rows give NaN in every dtype (and fp16 engines would not recover).
@@ -29,9 +30,23 @@ class Gate(nn.Module):
             x = layer(x)
             if self.config.relu and i < len(self.layers) - 1:
                 x = torch.relu(x)
-        logits = x.unflatten(-1, (-1, self.experts))  # flat index = site * E + expert
+        return self.scalings(x.unflatten(-1, (-1, self.experts)))  # flat index = site * E + expert
+
+    def scalings(self, logits: torch.Tensor) -> torch.Tensor:
+        """Softmax, top-k and top-k softmax of logits [B, S, G, E]."""
         scalings = torch.softmax(logits / self.config.temperature, dim=-1) if self.config.softmax else logits
         return apply_topk_rules(scalings, self.config)
+
+
+class PluginGate(Gate):
+    """The same with everything behind the classifier in one node; it can be traced but not run here."""
+
+    def __init__(self, config: GateConfig, experts: int) -> None:
+        require_row_by_row(config, experts)
+        super().__init__(config, experts)
+
+    def scalings(self, logits: torch.Tensor) -> torch.Tensor:
+        return gate_scalings(logits, self.config)
 
 
 def apply_topk_rules(scalings: torch.Tensor, config: GateConfig) -> torch.Tensor:

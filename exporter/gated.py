@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from exporter.plugin_nodes import gated_low_rank
 from exporter.sites import Site, SiteKind
 
 
@@ -125,6 +126,17 @@ class JoinedModule(GatedModule):
         return y if self.base.bias is None else y + self.base.bias
 
 
+class PluginModule(GatedModule):
+    """The same as W x and one node that adds the update; b lies as [R, out], as the node reads it."""
+
+    def __init__(self, base: nn.Module, site: Site, down: Down, place: int) -> None:
+        super().__init__(base, site, down, place)
+        self.lora_b = nn.Parameter(self.lora_b.T.contiguous(), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return gated_low_rank(self.base(x), x, self.down.lora_a, self.lora_b, self.down.factors())
+
+
 PLAIN_PRODUCTS = (nn.Linear.forward, Conv1D.forward)  # a subclass may do more than W x + bias
 DOWN: Mapping[SiteKind, type[Down]] = {
     SiteKind.LINEAR: Down,
@@ -135,18 +147,23 @@ DOWN: Mapping[SiteKind, type[Down]] = {
 
 
 def gated_modules(
-    bases: Mapping[str, nn.Module], groups: Sequence[Sequence[Site]], state: StepState
+    bases: Mapping[str, nn.Module], groups: Sequence[Sequence[Site]], state: StepState, *, with_plugin: bool = False
 ) -> dict[str, GatedModule]:
-    """Path -> the module that stands in for the base module there."""
+    """Path -> the module that stands in for the base module there; with a plugin every group is of one site."""
     modules: dict[str, GatedModule] = {}
     for number, group in enumerate(groups):
         dtype = next(bases[group[0].path].parameters()).dtype
         down = DOWN[group[0].kind](group, number, state, dtype)
         for place, site in enumerate(group):
             base = bases[site.path]
-            gated = JoinedModule if type(base).forward in PLAIN_PRODUCTS else GatedModule
-            modules[site.path] = gated(base, site, down, place)
+            modules[site.path] = _gated_class(base, site, with_plugin=with_plugin)(base, site, down, place)
     return modules
+
+
+def _gated_class(base: nn.Module, site: Site, *, with_plugin: bool) -> type[GatedModule]:
+    if with_plugin and site.kind is not SiteKind.EMBEDDING:
+        return PluginModule
+    return JoinedModule if type(base).forward in PLAIN_PRODUCTS else GatedModule
 
 
 def pick(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from exporter.dynamic import TracedModel, traced_model
 from exporter.errors import ExportError
 from exporter.gate import Gate
-from exporter.gated import Down, GatedModule
+from exporter.gated import Down, GatedModule, PluginModule
 from exporter.passes.pipeline import run_passes
 from exporter.sites import Site
+from exporter.spec import OpChoice
 from exporter.store import TRANSPOSED, Weight, WeightStore, transposed, weight_from_tensor
 from exporter.trace import trace
 from runtime.errors import UserError
@@ -38,6 +39,7 @@ class GraphPlan:
     emit: Emit
     sites: Sequence[Site] = ()
     gate: Gate | None = None
+    site_op: OpChoice = OpChoice.OPS
     changed: Mapping[str, Weight] = field(default_factory=dict)
     partners: Mapping[str, str] = field(default_factory=dict)
 
@@ -55,7 +57,14 @@ def export_graph(model: PreTrainedModel, plan: GraphPlan, store: WeightStore) ->
     """Trace, rewrite, store the weights that are not yet there, save NAME.onnx under the store's root."""
     base_names = {id(parameter): name for name, parameter in model.named_parameters()}
     try:
-        with traced_model(model, plan.sites, plan.gate, plan.signature.cache_style, shared=is_shared(plan)) as traced:
+        with traced_model(
+            model,
+            plan.sites,
+            plan.gate,
+            plan.signature.cache_style,
+            shared=is_shared(plan),
+            with_plugin=plan.site_op is OpChoice.PLUGIN,
+        ) as traced:
             weights = named_weights(base_names, traced)
             graph = trace(traced, plan.signature, OPSETS[plan.emit])
     except UserError:
@@ -105,7 +114,7 @@ def named_weights(base_names: Mapping[int, str], traced: TracedModel) -> dict[st
         if isinstance(module, Down):
             names[id(module.lora_a)] = f"{module.path}.lora_a"
         elif isinstance(module, GatedModule):
-            names[id(module.lora_b)] = f"{module.path}.lora_b"
+            names[id(module.lora_b)] = f"{module.path}.lora_b{TRANSPOSED if isinstance(module, PluginModule) else ''}"
     return {
         name: (names.get(id(parameter), name), parameter.detach())
         for name, parameter in traced.named_parameters(remove_duplicate=False)

@@ -25,6 +25,13 @@ class CacheChoice(StrEnum):
     NONE = "none"
 
 
+class OpChoice(StrEnum):
+    """`ops` = plain ONNX operators; `plugin` = one node of ours, a local function where no plugin is known."""
+
+    OPS = "ops"
+    PLUGIN = "plugin"
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterSource:
     """One `--adapters` word: DIR, NAME=DIR or KEY:NAME=DIR."""
@@ -47,6 +54,8 @@ class BuildSpec:
     emit: Emit = Emit.PORTABLE
     dtype: DType = DType.FLOAT32
     cache: CacheChoice = CacheChoice.KV
+    gate_op: OpChoice = OpChoice.OPS  # top-k and softmax of the gate
+    site_op: OpChoice = OpChoice.OPS  # the gated low-rank update of a site
     topk_softmax: TopkSoftmax | None = None
     verify: VerifyLevel | None = None  # None: full up to 300 M parameters, quick above
     prompts: tuple[str, ...] = ()  # texts for verification; empty: the built-in ones

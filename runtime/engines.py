@@ -59,6 +59,7 @@ class PlanInfo(Strict):
     onnx_sha256: Digest
     path: RelativePath
     profiles: tuple[ProfileInfo, ...]
+    plugins: tuple[str, ...] = ()  # that must be registered before the plan is deserialised
 
 
 class PlanFile(ListedFile):

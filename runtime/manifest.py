@@ -131,6 +131,7 @@ class GraphInfo(Strict):
     path: RelativePath
     signature: Signature
     mix: dict[ExpertName, float] | None  # static only
+    plugins: tuple[str, ...] = ()  # operators of ours in it: plugins of TensorRT, else local functions
 
 
 class ListedFile(Strict):

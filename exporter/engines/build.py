@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from exporter.engines.link import require_link
 from exporter.engines.plan import Builder, check_target
-from exporter.engines.spec import EngineSpec, profiles_of
+from exporter.engines.spec import EngineSpec, plugins_of, profiles_of
 from exporter.engines.tensorrt import load_tensorrt, platform_name, this_gpu
 from exporter.errors import ExportError
 from exporter.publish import Layout, publish_sealed, stage
@@ -54,14 +55,14 @@ def build_engines(bundle: Bundle, spec: EngineSpec, clock: StageClock | None = N
     if not spec.overwrite and (found := sound_engines(out)) is not None:
         clock.notes(f"{out} holds these engines already")
         return found
+    if any(plan.plugins for plan in planned.plans):
+        require_link(spec.target)
     with PeakMemory() as clock.memory, stage(out, overwrite=True, estimate_bytes=estimate_bytes(bundle)) as staged:
         log: dict[str, list[str]] = {}
         for graph, plan in zip(graphs, planned.plans, strict=True):
             builder = Builder(trt, spec, partial(_tell, clock, graph.name))
             with clock.stage(f"engine {graph.name}", staged.folder):
-                log[graph.name] = builder.build(
-                    graph, bundle.file(graph.path), plan.profiles, staged.folder / plan.path
-                )
+                log[graph.name] = builder.build(graph, bundle.file(graph.path), plan, staged.folder / plan.path)
         with clock.stage("publish"):
             build_log = {"seconds": clock.seconds, "peak_bytes": clock.memory.as_dict(), "log": log}
             return publish_sealed(staged, planned, LAYOUT, build_log)
@@ -86,6 +87,7 @@ def planned_manifest(bundle: Bundle, graphs: list[GraphInfo], spec: EngineSpec, 
             onnx_sha256=digests[graph.path],
             path=f"{graph.name}.plan",
             profiles=profiles_of(graph, spec, bundle.manifest.base.max_positions),
+            plugins=plugins_of(graph, spec),
         )
         for graph in graphs
     )

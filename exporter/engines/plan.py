@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exporter.engines.onnx_bytes import without_functions
 from exporter.engines.spec import EngineSpec, shapes_of
 from exporter.engines.tensorrt import make_logger, make_monitor
+from exporter.engines.timing_cache import read_timings, write_timings
 from exporter.errors import ExportError
-from runtime.engines import ProfileInfo, Target
+from plugins.tensorrt_plugins import register, unregister
+from runtime.engines import PlanInfo, ProfileInfo, Target
 from runtime.errors import InputError, raise_all
 from runtime.manifest import GraphInfo
 from runtime.signature import CacheStyle, Signature
@@ -26,24 +30,34 @@ class Builder:
     spec: EngineSpec
     tell: Callable[[str], None]
 
-    def build(self, graph: GraphInfo, onnx: Path, profiles: Sequence[ProfileInfo], plan: Path) -> list[str]:
+    def build(self, graph: GraphInfo, onnx: Path, planned: PlanInfo, plan: Path) -> list[str]:
         """Write the plan of `onnx` and return TensorRT's log; ExportError names what it refuses."""
+        with registered(self.trt) if planned.plugins else nullcontext():
+            return self._build(graph, onnx, planned, plan)
+
+    def _build(self, graph: GraphInfo, onnx: Path, planned: PlanInfo, plan: Path) -> list[str]:
         logger = make_logger(self.trt)
         builder = self.trt.Builder(logger)
         network = builder.create_network(network_flags(self.trt))
         parser = self.trt.OnnxParser(network, logger)
-        if not parser.parse_from_file(str(onnx)):
+        if not parse(parser, onnx, planned.plugins):
             errors = [parser.get_error(i) for i in range(parser.num_errors)]
             raise_all(f"graph {graph.name}", [self._refusal(error, graph) for error in errors[:MAX_SHOWN]])
             raise self._failure(graph, logger)
         require_signature(network, graph.signature, graph.name)
-        config, monitor = self._config(builder, graph.signature, profiles)
+        require_plugins(network, self.trt, planned.plugins, graph.name)
+        config, monitor = self._config(builder, graph.signature, planned.profiles)
+        timings = self.spec.timing_cache if self.spec.target is Target.TRT else None
+        if timings is not None:
+            read_timings(config, timings)
         with plan.open("wb") as file:
             is_written = self._write(builder, network, config, file)
         if monitor.interrupted:
             raise KeyboardInterrupt
         if not is_written or not plan.stat().st_size:
             raise self._failure(graph, logger)
+        if timings is not None:
+            write_timings(config, timings)
         return list(logger.lines)
 
     def _config(self, builder: Any, signature: Signature, profiles: Sequence[ProfileInfo]) -> tuple[Any, Any]:
@@ -92,6 +106,36 @@ class Builder:
             got=" | ".join(line.strip()[:300] for line in logger.errors[-3:]) or "no reason",
             fix="build the bundle with --emit portable" if graph.emit != "portable" else "",
             code="E_ENGINE",
+        )
+
+
+def parse(parser: Any, onnx: Path, plugins: Collection[str]) -> bool:
+    """Parse the graph; the operators that are to be plugins lose their functions, which TensorRT may prefer."""
+    if not plugins:
+        return bool(parser.parse_from_file(str(onnx)))
+    return bool(parser.parse(without_functions(onnx.read_bytes(), plugins), path=str(onnx)))
+
+
+@contextmanager
+def registered(trt: Any) -> Iterator[None]:
+    """Our plugins are known to TensorRT, then forgotten: a graph that is to run as functions must not meet them."""
+    register(trt)
+    try:
+        yield
+    finally:
+        unregister(trt)
+
+
+def require_plugins(network: Any, trt: Any, plugins: Collection[str], graph: str) -> None:
+    """The parsed network has plugin layers where they are asked for, and only there."""
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    has_plugins = any(layer.type == trt.LayerType.PLUGIN_V3 for layer in layers)
+    if has_plugins != bool(plugins):
+        raise ExportError(
+            "the parsed network has plugins where none are asked for, or none where they are",
+            where=f"graph {graph}",
+            got=", ".join(plugins) or "none",
+            code="E_PLUGIN",
         )
 
 

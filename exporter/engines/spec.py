@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from exporter.errors import ExportError
+from exporter.spec import OpChoice
+from plugins.operators import GATE_SCALINGS, GATED_LOW_RANK
 from runtime.engines import ProfileInfo, Range, Target
 from runtime.manifest import GraphInfo
 from runtime.signature import CacheStyle, TensorSpec
@@ -24,6 +27,9 @@ class EngineSpec:
     max_context: int | None = None  # cache entries of a row; None: the model's positions, at most 4096
     workspace_bytes: int | None = None
     overwrite: bool = False
+    timing_cache: Path | None = None  # of TensorRT (not RTX): makes the next build on this device faster
+    gate_op: OpChoice | None = None  # None: as the graph has it
+    site_op: OpChoice | None = None
 
     def __post_init__(self) -> None:
         limits = {"--max-batch": self.max_batch, "--max-tokens": self.max_tokens, "--max-context": self.max_context}
@@ -68,3 +74,17 @@ def shapes_of(tensor: TensorSpec, profile: ProfileInfo) -> tuple[tuple[int, ...]
         return tuple(getattr(profile.ranges[size], which) if isinstance(size, str) else size for size in tensor.shape)
 
     return sized("min"), sized("opt"), sized("max")
+
+
+def plugins_of(graph: GraphInfo, spec: EngineSpec) -> tuple[str, ...]:
+    """The operators of `graph` that become plugins; the others run as their local functions say."""
+    chosen = []
+    for name, choice, flag in ((GATE_SCALINGS, spec.gate_op, "--gate-op"), (GATED_LOW_RANK, spec.site_op, "--site-op")):
+        if choice is OpChoice.PLUGIN and name not in graph.plugins:
+            raise ExportError(
+                "the graph has plain operators there", where=f"graph {graph.name}", got=f"{flag} plugin",
+                fix=f"build the bundle with {flag} plugin", code="E_PLUGIN",
+            )  # fmt: skip
+        if name in graph.plugins and choice is not OpChoice.OPS:
+            chosen.append(name)
+    return tuple(chosen)

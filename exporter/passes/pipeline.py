@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from exporter.passes.attach_functions import AttachFunctionsPass
 from exporter.passes.fold_shapes import FoldShapesPass
 from exporter.passes.fuse_modern import FuseModernPass
 from exporter.passes.name_weights import NameWeightsPass
@@ -32,6 +33,7 @@ def run_passes(model: ir.Model, weight_names: Mapping[str, str], transposes: Map
         common.RemoveUnusedNodesPass(),
         TransposeWeightsPass(transposes),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        AttachFunctionsPass(),
         common.TopologicalSortPass(),
         common.ClearMetadataAndDocStringPass(),  # source paths and stack traces
         common.NameFixPass(),
