@@ -164,9 +164,9 @@ def build(args: argparse.Namespace) -> int:
     from exporter.progress import shown_stages
 
     for engine_spec in engines:
-        from exporter.engines.tensorrt import load_tensorrt
+        from exporter.engines.tensorrt import load_builder
 
-        load_tensorrt(engine_spec.target)  # minutes before it is needed
+        load_builder(engine_spec.target)  # minutes before it is needed
     with shown_stages(quiet=args.quiet) as clock:
         from exporter.build_bundle import build as build_bundle
 

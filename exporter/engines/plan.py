@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from exporter.engines.spec import EngineSpec, shapes_of
-from exporter.engines.tensorrt import make_logger, make_monitor
+from exporter.engines.tensorrt import make_monitor
 from exporter.errors import ExportError
 from runtime.engines import ProfileInfo, Target
 from runtime.errors import InputError, raise_all
 from runtime.manifest import GraphInfo
 from runtime.signature import CacheStyle, Signature
+from runtime.tensorrt import make_logger
 
 MAX_SHOWN = 8
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.backends.ort import OrtSession, float32_copy, is_finite, run_engine
+from runtime.backends.ort import OrtSession, run_engine
 from runtime.caches import GRAIN, capacity_for
 from runtime.errors import InputError, MachineError, NumericError
 from runtime.rows import Rows, StepResult
 from runtime.session import SessionSettings
 from runtime.signature import CacheStyle
+from runtime.tensors import float32_copy, is_finite
 from tests.runtime.tiny_graphs import TinyShape, open_tiny, reference, save_tiny, tiny_weights
 
 TOLERANCE = 1e-4  # float32, logits of size 10; measured differences are below 2.5e-5
@@ -330,5 +331,5 @@ def test_cuda_is_never_replaced_by_the_cpu(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_unknown_provider(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such provider; got 'tpu'; need cpu or cuda"):
+    with pytest.raises(InputError, match="no such provider; got 'tpu'; need cpu or cuda or tensorrt or nv-"):
         OrtSession(tmp_path / "x.onnx", SHAPE.signature, SessionSettings(200, provider="tpu"))
