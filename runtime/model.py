@@ -86,13 +86,17 @@ def load(
     tokenizer = bundle.manifest.tokenizer
     text = Text(bundle.file(tokenizer.path)) if tokenizer else None
     if backend in tuple(Target):
-        return Model(bundle.manifest, info, _engine_session(bundle, info, Target(backend), settings, register), text)
+        return Model(bundle.manifest, info, engine_session(bundle, info, Target(backend), settings, register), text)
     session = open_session(backend, bundle.file(info.path), info.signature, settings)
     return Model(bundle.manifest, info, session, text)
 
 
-def _engine_session(
-    bundle: Bundle, graph: GraphInfo, target: Target, settings: SessionSettings, register: Callable[[Any], None] | None
+def engine_session(
+    bundle: Bundle,
+    graph: GraphInfo,
+    target: Target,
+    settings: SessionSettings,
+    register: Callable[[Any], None] | None = None,
 ) -> Session:
     """Package, driver, fingerprint, digest: only then does TensorRT see the engine."""
     if settings.provider != "cpu":

@@ -147,6 +147,8 @@ class TrtSession:
 
     def close(self) -> None:
         """Free the engine and all memory of the device; again is no error."""
+        for plan in self._plans.values():
+            plan.context = None  # a traceback may hold the plan for longer
         self._plans.clear()
         self._idle = []
         self._engine = None  # after its contexts, before its runtime
@@ -294,6 +296,7 @@ class TrtSession:
         if plan.graph is not None:
             self._device.drop(plan.graph)
         self._idle[plan.profile].append(plan.context)
+        plan.context = plan.graph = None
 
     def _require(self, is_taken: bool, name: str) -> None:
         if not is_taken:
