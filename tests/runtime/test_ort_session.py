@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from runtime.backends.ort import OrtSession, run_engine
+from runtime.backends.ort import OrtSession, run_engine, what_runs
 from runtime.backends.trt import TrtSession
 from runtime.caches import GRAIN, capacity_for
 from runtime.errors import InputError, MachineError, NumericError
@@ -363,3 +365,65 @@ def test_cuda_is_never_replaced_by_the_cpu(tmp_path: Path, monkeypatch: pytest.M
 def test_unknown_provider(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such provider; got 'tpu'; need cpu or cuda or tensorrt or nv-"):
         OrtSession(tmp_path / "x.onnx", SHAPE.signature, SessionSettings(200, provider="tpu"))
+
+
+PROVIDERS_OF = {
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "nv-tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+}
+
+
+@pytest.mark.parametrize("provider", PROVIDERS_OF)
+def test_every_provider_is_asked_for_by_its_name(
+    provider: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime as ort
+
+    path = save_tiny(tmp_path, SHAPE, tiny_weights(SHAPE))
+    with pytest.raises(MachineError, match=f"has no {PROVIDERS_OF[provider]}"):
+        OrtSession(path, SHAPE.signature, SessionSettings(200, provider=provider))
+    real, asked = ort.InferenceSession, []
+
+    def spy(graph: str, options: Any, providers: list[str], **rest: Any) -> Any:
+        asked.append(providers)
+        assert options.get_session_config_entry("session.record_ep_graph_assignment_info") == "1"
+        return real(graph, options, providers=["CPUExecutionProvider"], **rest)
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [*PROVIDERS_OF.values(), "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", spy)
+    with pytest.raises(MachineError, match=f"{PROVIDERS_OF[provider]} did not start; got CPUExecutionProvider"):
+        OrtSession(path, SHAPE.signature, SessionSettings(200, provider=provider))
+    assert asked[0][0] == PROVIDERS_OF[provider]
+    assert asked[0][-1] == "CPUExecutionProvider"
+
+
+def test_where_the_nodes_really_ran_is_shown_and_nowhere_is_refused() -> None:
+    def engine(**counts: int) -> Any:
+        parts = [
+            SimpleNamespace(ep_name=f"{name}ExecutionProvider", get_nodes=lambda count=count: [None] * count)
+            for name, count in counts.items()
+        ]
+        return SimpleNamespace(get_provider_graph_assignment_info=lambda: parts)
+
+    shown = what_runs(engine(CPU=3, CUDA=99), "cuda")
+    assert shown == "cuda (3 nodes on CPUExecutionProvider, 99 nodes on CUDAExecutionProvider)"
+    with pytest.raises(MachineError, match="CUDAExecutionProvider took no node of the graph; got 3 nodes on CPU"):
+        what_runs(engine(CPU=3), "cuda")
+    assert what_runs(engine(CPU=3), "cpu") == "cpu"
+    assert what_runs(SimpleNamespace(), "cuda") == "cuda"
+
+
+def test_onnx_runtime_tells_who_took_the_nodes(tmp_path: Path) -> None:
+    """The real call behind `what_runs`; older versions have none."""
+    import onnxruntime as ort
+
+    if not hasattr(ort.InferenceSession, "get_provider_graph_assignment_info"):
+        pytest.skip("this onnxruntime does not tell")
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    path = save_tiny(tmp_path, SHAPE, tiny_weights(SHAPE))
+    engine = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    parts = engine.get_provider_graph_assignment_info()
+    assert {part.ep_name for part in parts} == {"CPUExecutionProvider"}
+    assert sum(len(part.get_nodes()) for part in parts) > 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -11,13 +12,16 @@ import pytest
 
 from runtime.backends.trt import TrtSession, packed_bytes
 from runtime.caches import GRAIN, CacheGroup, CacheNames
-from runtime.device import Device, Layout
+from runtime.device import OUT_OF_MEMORY, Device, Layout
 from runtime.device_caches import DeviceGroup
 from runtime.engines import Target
 from runtime.errors import InputError, MachineError, NumericError
+from runtime.gpu import has_driver
 from runtime.rows import Rows
 from runtime.session import SessionSettings
 from runtime.signature import CacheStyle, TensorSpec
+from tests.runtime import fake_cuda
+from tests.runtime.fake_cuda import CUDA_MEMCPY3D, FakeDriver
 from tests.runtime.fake_tensorrt import FakeTensorrt, install, open_fake, plan_bytes, profiles_for
 from tests.runtime.test_ort_session import SHAPE, STYLES, TOLERANCE, feed, ids_for, scalings_for
 from tests.runtime.tiny_graphs import TinyShape, reference, tiny_model, tiny_weights
@@ -376,3 +380,31 @@ def test_a_copy_outside_its_memory_is_seen_by_the_fake(trt: FakeTensorrt) -> Non
     with pytest.raises(MachineError, match="CUDA_ERROR_INVALID_VALUE from cuMemcpy3DAsync"):
         device.copy(Layout(address, 8, 4), Layout(address, 16, 4), 16, 4, 1)
     device.close()
+
+
+# --- the real bindings, where they are installed
+
+
+def test_the_fake_has_the_calls_of_the_real_bindings() -> None:
+    """Names, number of arguments, the fields and constants that are used; none of it needs a driver."""
+    real = pytest.importorskip("cuda.bindings.driver")
+    for name in [name[1:] for name in vars(FakeDriver) if name.startswith("_cu")]:
+        mine = len(inspect.signature(getattr(FakeDriver, f"_{name}")).parameters) - 1
+        first_line = getattr(real, name).__doc__.split("\n", 1)[0]
+        theirs = first_line[first_line.index("(") + 1 : -1]
+        assert mine == len(theirs.split(",")) if theirs else mine == 0, first_line
+    box = real.CUDA_MEMCPY3D()
+    for field in vars(CUDA_MEMCPY3D()):
+        assert field in dir(box)
+    for enum in (fake_cuda.CUstream_flags, fake_cuda.CUmemorytype, fake_cuda.CUstreamCaptureMode):
+        for member in enum:
+            assert int(getattr(real, enum.__name__)[member.name]) == member
+    assert int(real.CUresult.CUDA_ERROR_OUT_OF_MEMORY) == OUT_OF_MEMORY
+    assert int(real.CUgraph()) == 0
+
+
+@pytest.mark.skipif(has_driver(), reason="this machine has a driver")
+def test_the_real_bindings_without_a_driver_are_one_line() -> None:
+    pytest.importorskip("cuda.bindings.driver")
+    with pytest.raises(MachineError, match="no NVIDIA driver answers"):
+        Device()
