@@ -13,13 +13,13 @@ import pytest
 from runtime.backends.trt import TrtSession, packed_bytes
 from runtime.caches import GRAIN, CacheGroup, CacheNames
 from runtime.device import OUT_OF_MEMORY, Device, Layout
-from runtime.device_caches import DeviceGroup
+from runtime.device_caches import DeviceCaches, DeviceGroup
 from runtime.engines import Target
 from runtime.errors import InputError, MachineError, NumericError
 from runtime.gpu import has_driver
 from runtime.rows import Rows
 from runtime.session import SessionSettings
-from runtime.signature import CacheStyle, TensorSpec
+from runtime.signature import CacheStyle, SignatureShape, TensorSpec, signature_from_shape
 from tests.runtime import fake_cuda
 from tests.runtime.fake_cuda import CUDA_MEMCPY3D, FakeDriver
 from tests.runtime.fake_tensorrt import FakeTensorrt, install, open_fake, plan_bytes, profiles_for
@@ -85,6 +85,7 @@ def test_decode_steps_launch_a_captured_graph_until_memory_moves(style: CacheSty
     np.testing.assert_allclose(decode(session, ids, scale, 60), want[60:], atol=TOLERANCE)
     assert session.capacity == 2 * GRAIN
     assert (trt.enqueued, session.launches) == (4, 68)  # and again after the growth
+    assert len(trt.driver.graphs) == 1, "no graph is kept that points into the old memory"
     session.reset()
     np.testing.assert_allclose(decode(session, ids, scale), want, atol=TOLERANCE)
     session.close()
@@ -372,6 +373,29 @@ def test_writes_growth_and_clearing_equal_numpy(number: int, trt: FakeTensorrt) 
     device.close()
 
 
+def test_growth_of_several_groups_is_all_or_nothing(trt: FakeTensorrt) -> None:
+    """Blocks of unequal heads have a group each; memory that runs out at the last one changes none."""
+    signature = signature_from_shape(SignatureShape(9, (2, 1, 2, 3), (4, 4, 6, 4), scalings=0, experts=0, gate=False))
+    device = Device()
+    caches = DeviceCaches(device, signature, 500)
+    assert [(group.names.heads, group.names.dim, group.count) for group in caches.groups] == [
+        (2, 4, 2), (1, 4, 2), (2, 6, 2), (3, 4, 2),
+    ]  # fmt: skip
+    caches.allocate(3)
+    assert caches.reserve(10)
+    before = [(group.address, group.capacity) for group in caches.groups]
+    blocks = set(trt.driver.blocks)
+    for nth in range(1, 5):
+        trt.driver.fail("cuMemAlloc", nth)
+        with pytest.raises(MachineError, match="not enough GPU memory"):
+            caches.reserve(100)
+        assert ([(group.address, group.capacity) for group in caches.groups], caches.capacity) == (before, GRAIN)
+        assert set(trt.driver.blocks) == blocks
+    assert caches.reserve(100)
+    assert len(trt.driver.blocks) == len(caches.groups)
+    device.close()
+
+
 def test_a_copy_outside_its_memory_is_seen_by_the_fake(trt: FakeTensorrt) -> None:
     device = Device()
     address = device.allocate(64)
@@ -398,7 +422,7 @@ def test_the_fake_has_the_calls_of_the_real_bindings() -> None:
         assert field in dir(box)
     for enum in (fake_cuda.CUstream_flags, fake_cuda.CUmemorytype, fake_cuda.CUstreamCaptureMode):
         for member in enum:
-            assert int(getattr(real, enum.__name__)[member.name]) == member
+            assert int(getattr(getattr(real, enum.__name__), member.name)) == member
     assert int(real.CUresult.CUDA_ERROR_OUT_OF_MEMORY) == OUT_OF_MEMORY
     assert int(real.CUgraph()) == 0
 
