@@ -130,6 +130,8 @@ def contradictions(manifest: EngineManifest) -> Iterator[tuple[str, str]]:
     if any(not _CAPABILITY.fullmatch(text) for text in manifest.compute_capabilities):
         yield "compute_capabilities", "are written like 8.6"
     for plan in manifest.plans:
+        if not plan.profiles or any(not {"B", "S", "K"} <= profile.ranges.keys() for profile in plan.profiles):
+            yield f"plans.{plan.graph}", "needs profiles with ranges for B, S and K at least"
         for profile in plan.profiles:
             wrong = [
                 symbol for symbol, r in profile.ranges.items()

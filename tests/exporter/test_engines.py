@@ -82,6 +82,7 @@ def test_engines_are_built_beside_the_bundle_and_found_again(bundle: Bundle) -> 
     assert manifest.bundle == bundle.digest
     assert plan.onnx_sha256 == next(file.sha256 for file in bundle.artifacts("graph"))
     assert [profile.name for profile in plan.profiles] == ["prefill", "decode"]
+    assert (manifest.device, manifest.driver) == ("", ""), "built without a GPU"
     weights = sum(file.size for file in bundle.artifacts("weights"))
     assert engines.file("dynamic.plan").stat().st_size > weights / 2, "a plan carries its own weights"
     log = json.loads((engines.root / "build.json").read_text())
@@ -169,6 +170,11 @@ def test_a_forged_manifest_is_refused(bundle: Bundle, tmp_path: Path) -> None:
         open_engines(root)
     seal(root)
     with pytest.raises(InputError, match="has no sound range for B"):
+        open_engines(root)
+    del value["plans"][0]["profiles"][0]["ranges"]["B"]
+    path.write_text(json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n")
+    seal(root)
+    with pytest.raises(InputError, match="needs profiles with ranges for B, S and K at least"):
         open_engines(root)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator
 from contextlib import closing
 
 import numpy as np
 import pytest
 
-from runtime.backends.trt import TrtSession, packed_bytes
+from runtime.backends.trt import PLANS_KEPT, TrtSession, packed_bytes
 from runtime.caches import GRAIN, CacheGroup, CacheNames
 from runtime.device import OUT_OF_MEMORY, Device, Layout
 from runtime.device_caches import DeviceCaches, DeviceGroup
@@ -22,20 +21,11 @@ from runtime.session import SessionSettings
 from runtime.signature import CacheStyle, SignatureShape, TensorSpec, signature_from_shape
 from tests.runtime import fake_cuda
 from tests.runtime.fake_cuda import CUDA_MEMCPY3D, FakeDriver
-from tests.runtime.fake_tensorrt import FakeTensorrt, install, open_fake, plan_bytes, profiles_for
+from tests.runtime.fake_tensorrt import FakeTensorrt, open_fake, plan_bytes, profiles_for
 from tests.runtime.test_ort_session import SHAPE, STYLES, TOLERANCE, feed, ids_for, scalings_for
 from tests.runtime.tiny_graphs import TinyShape, reference, tiny_model, tiny_weights
 
 WEIGHTS = tiny_weights(SHAPE)
-
-
-@pytest.fixture
-def trt(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorrt]:
-    """A machine with a GPU that must be left empty."""
-    trt = install(monkeypatch)
-    yield trt
-    assert not trt.driver.leaks
-    assert trt.alive == 0
 
 
 def opened(style: CacheStyle = CacheStyle.APPEND, **ranges: int) -> TrtSession:
@@ -91,6 +81,19 @@ def test_decode_steps_launch_a_captured_graph_until_memory_moves(style: CacheSty
     session.close()
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_a_wider_step_between_leaves_no_graph_on_freed_buffers(style: CacheStyle, trt: FakeTensorrt) -> None:
+    session = opened(style)
+    ids, scale = ids_for(60), scalings_for(60)
+    want, at = reference(SHAPE, WEIGHTS, ids, scale)[0], 0
+    for width in (1, 1, 1, 1, 20, 1, 1, 1, 30, 1, 1):
+        result = feed(session, [ids[at : at + width]], [scale[at : at + width]])
+        np.testing.assert_allclose(result.logits[0], want[at : at + width], atol=TOLERANCE)
+        at += width
+    assert session.capacity == GRAIN, "only the buffers of the small tensors moved"
+    session.close()
+
+
 def test_steps_that_alternate_keep_a_graph_and_a_context_each(trt: FakeTensorrt) -> None:
     """As the scaling pass and the main pass do; the fake refuses a graph whose context has changed since."""
     session = opened()
@@ -122,7 +125,12 @@ def test_many_plans_keep_only_a_few_contexts(trt: FakeTensorrt) -> None:
         result = feed(session, [ids[at : at + width]], [scale[at : at + width]])
         np.testing.assert_allclose(result.logits[0], want[at : at + width], atol=TOLERANCE)
         at += width
-    assert trt.alive <= 2 + 9  # runtime, engine, contexts
+    assert trt.alive <= 2 + PLANS_KEPT  # runtime, engine, contexts
+    session.allocate(PLANS_KEPT + 4)
+    for slot in range(PLANS_KEPT + 4):
+        for _ in range(3):
+            feed(session, [[1]], [scalings_for(1)], slot)
+    assert len(trt.driver.graphs) == PLANS_KEPT
     session.close()
 
 
