@@ -101,6 +101,7 @@ def test_the_engine_that_fits_is_found_among_others(built_copy: Path, trt: FakeT
         "driver's CUDA: the engine's is 1.0, here it is 13.0",
     ):
         assert part in str(caught.value)
+    assert "trt-rtx-" not in str(caught.value), "another target's are not asked"
     assert trt.deserialised == 1
 
 
