@@ -10,7 +10,7 @@ from typing import Any
 from runtime.errors import MachineError
 from runtime.tensors import Array
 
-ALIGNMENT = 256  # of what cuMemAlloc gives, and of what TensorRT wants its scratch memory to have
+ALIGNMENT = 256  # bytes: what cuMemAlloc gives at least, and what TensorRT asks of every tensor's address
 OUT_OF_MEMORY = 2
 LESS_MEMORY = "shorter prompts or a smaller --batch-size"
 

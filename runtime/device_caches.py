@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import gcd
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.caches import CacheNames, cache_names, capacity_for
-from runtime.device import Device, Layout
+from runtime.device import ALIGNMENT, Device, Layout
 from runtime.signature import Signature
 from runtime.tensors import DTYPES
 
@@ -36,9 +37,16 @@ class DeviceGroup:
         """Bytes of the whole block."""
         return self.count * self.slots * self.names.heads * capacity * self.entry
 
+    def fresh(self, address: int, rows: int, width: int) -> Layout:
+        """The new entries of one step: N layers of [B, H, S, D], a row for each B and H, each layer aligned."""
+        pitch = width * self.entry
+        step = ALIGNMENT // gcd(ALIGNMENT, pitch)
+        return Layout(address, pitch, -(-rows * self.names.heads // step) * step)
+
     def fresh_bytes(self, rows: int, width: int) -> int:
-        """Bytes of the new entries of one step, [N, B, H, S, D]."""
-        return self.count * rows * self.names.heads * width * self.entry
+        """Bytes of the new entries of one step."""
+        layout = self.fresh(0, rows, width)
+        return self.count * layout.pitch * layout.height
 
     def layout(self, slot: int, start: int) -> Layout:
         """The entries from `start` on, of the slots from `slot` on: N layers, a row for each slot and head."""
@@ -56,14 +64,14 @@ class DeviceGroup:
     ) -> None:
         """Append the first counts[b] of fresh [N, B, H, S, D] at each row's own length past[b]."""
         heads, rows = self.names.heads, len(past)
-        source = Layout(fresh, width * self.entry, rows * heads)
+        source = self.fresh(fresh, rows, width)
         if (past == past[0]).all() and (counts == counts[0]).all():
             target = self.layout(slots.start, int(past[0]))
             device.copy(source, target, int(counts[0]) * self.entry, rows * heads, self.count)
             return
         for row, (start, count) in enumerate(zip(past.tolist(), counts.tolist(), strict=True)):
-            source = Layout(fresh, width * self.entry, rows * heads, y=row * heads)
-            device.copy(source, self.layout(slots.start + row, start), count * self.entry, heads, self.count)
+            target = self.layout(slots.start + row, start)
+            device.copy(replace(source, y=row * heads), target, count * self.entry, heads, self.count)
 
     def clear(self, device: Device, slots: slice, starts: NDArray[np.int64], width: int) -> None:
         """Zero `width` entries from starts[b] on, as far as the capacity goes."""
@@ -81,8 +89,9 @@ class DeviceCaches:
 
     def __init__(self, device: Device, signature: Signature, max_positions: int) -> None:
         self._device, self._max_positions = device, max_positions
+        self._step = capacity_step(signature)
         self.capacity = 0
-        self.groups = [DeviceGroup(names, names.dim * DTYPES[names.dtype].itemsize) for names in cache_names(signature)]
+        self.groups = [DeviceGroup(names, entry_bytes(names)) for names in cache_names(signature)]
 
     def allocate(self, slots: int) -> None:
         """Forget everything; capacity 0."""
@@ -92,11 +101,17 @@ class DeviceCaches:
                 self._device.free(group.address)
             group.slots, group.capacity, group.address = slots, 0, 0
 
+    def capacity_with(self, needed: int) -> int:
+        """The capacity once there is room for `needed` entries a slot."""
+        if needed <= self.capacity:
+            return self.capacity
+        return -(-capacity_for(needed, self._max_positions) // self._step) * self._step
+
     def reserve(self, needed: int) -> bool:
         """Make room for `needed` entries a slot; True when the memory moved. Without memory nothing changes."""
-        if needed <= self.capacity:
+        capacity = self.capacity_with(needed)
+        if capacity == self.capacity:
             return False
-        capacity = capacity_for(needed, self._max_positions)
         blocks: list[int] = []
         try:
             for group in self.groups:
@@ -112,3 +127,13 @@ class DeviceCaches:
             if old:
                 self._device.free(old)
         return True
+
+
+def entry_bytes(names: CacheNames) -> int:
+    """Bytes of one entry."""
+    return names.dim * DTYPES[names.dtype].itemsize
+
+
+def capacity_step(signature: Signature) -> int:
+    """Capacities are multiples of it, so that the caches of every slot begin at an aligned address."""
+    return max((ALIGNMENT // gcd(ALIGNMENT, n.heads * entry_bytes(n)) for n in cache_names(signature)), default=1)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.device import ALIGNMENT, Device
-from runtime.device_caches import DeviceCaches
+from runtime.device_caches import DeviceCaches, capacity_step
 from runtime.engines import ProfileInfo, Target
 from runtime.errors import InputError, MachineError
 from runtime.rows import Rows, StepResult
@@ -33,6 +33,7 @@ from runtime.tensors import DTYPES, Array, check_signature, first_bad, float32_c
 
 TRT_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
 OPTIONS = {"B": "--max-batch", "S": "--max-tokens", "C": "--max-context"}  # of `exporter engine`
+SCRATCH_ALIGNMENT = 512  # bytes: some versions refuse less
 PLANS_KEPT = 8  # a decode loop alternates between two; chunks of other widths come and go
 
 
@@ -77,7 +78,7 @@ class TrtSession:
         register: Callable[[Any], None] | None = None,
     ) -> None:
         self.signature = signature
-        self.limits = step_limits(profiles, settings.max_positions)
+        self.limits = step_limits(profiles, settings.max_positions, capacity_step(signature))
         self.launches = 0  # of captured graphs
         self._profiles = profiles
         self._style = signature.cache_style
@@ -167,7 +168,8 @@ class TrtSession:
     def _scratch_bytes(self) -> int:
         """What the activations of the largest profile take; steps run one after the other and share it."""
         profiles = range(len(self._profiles))
-        return max(int(self._engine.get_device_memory_size_for_profile_v2(number)) for number in profiles)
+        sizes = [int(self._engine.get_device_memory_size_for_profile_v2(number)) for number in profiles]
+        return max(sizes) + SCRATCH_ALIGNMENT
 
     def _append(self, rows: Rows) -> None:
         past, width = self._slots.past(rows), rows.tokens.shape[1]
@@ -225,11 +227,10 @@ class TrtSession:
         is_empty = self._style is CacheStyle.APPEND and not past.any()
         sizes = {"B": rows.tokens.shape[0], "S": rows.tokens.shape[1], "K": rows.logit_index.shape[1]}
         needed = int(past.max()) + sizes["S"] if self._style is CacheStyle.ALIAS else 0  # it writes the padding too
-        sizes["C"] = 0 if is_empty else max(self._caches.capacity, needed)
+        sizes["C"] = 0 if is_empty else self._caches.capacity_with(needed)
         profile = profile_for(self._profiles, sizes)
         if self._caches.reserve(needed):
             self._drop_plans()
-            sizes["C"] = self._caches.capacity
         key = (*sizes.values(), rows.slots.start)
         if key not in self._plans:
             if len(self._plans) >= PLANS_KEPT:
@@ -249,11 +250,11 @@ class TrtSession:
         places = {name: self._feeds.address + offset for name, offset in feeds.offsets.items()}
         places |= {name: self._results.address + offset for name, offset in results.offsets.items()}
         for group, fresh in zip(self._caches.groups, self._fresh, strict=True):
-            new_entries = group.fresh_bytes(sizes["B"], sizes["S"]) // group.count
+            is_append = self._style is CacheStyle.APPEND
+            layer = group.fresh_bytes(sizes["B"], sizes["S"]) // group.count
             for number, (name, output) in enumerate(zip(group.names.inputs, group.names.outputs, strict=True)):
                 places[name] = group.slot_address(number, slot) if sizes["C"] else self._nothing
-                is_append = self._style is CacheStyle.APPEND
-                places[output] = fresh.address + number * new_entries if is_append else places[name]
+                places[output] = fresh.address + number * layer if is_append else places[name]
         for spec in self.signature.inputs:
             self._require(plan.context.set_input_shape(spec.name, shape_of(spec, sizes)), spec.name)
         for name, address in places.items():
@@ -266,7 +267,8 @@ class TrtSession:
         context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None or not context.set_optimization_profile_async(profile, self._device.stream):
             raise self._failure("cannot make an execution context")
-        context.set_device_memory(self._scratch.address, self._scratch.size)
+        address = -(-self._scratch.address // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
+        context.set_device_memory(address, self._scratch.size - SCRATCH_ALIGNMENT)
         return context
 
     def _make_room(self, sizes: Mapping[str, int]) -> None:
@@ -338,10 +340,11 @@ def aligned(size: int) -> int:
     return max(1, -(-size // ALIGNMENT)) * ALIGNMENT
 
 
-def step_limits(profiles: Sequence[ProfileInfo], max_positions: int) -> StepLimits:
+def step_limits(profiles: Sequence[ProfileInfo], max_positions: int, capacity_step: int) -> StepLimits:
     """What every step may bring: the least of the profiles' largest rows and entries, the longest of their steps."""
     tokens = max(profile.ranges["S"].max for profile in profiles)
     context = min(profile.ranges["C"].max if "C" in profile.ranges else tokens for profile in profiles)
+    context -= context % capacity_step
     return StepLimits(
         positions=min(context, max_positions),
         rows=min(profile.ranges["B"].max for profile in profiles),

@@ -10,7 +10,7 @@ from runtime.bundle import open_bundle
 from runtime.engines import ProfileInfo
 from tests.runtime.fake_tensorrt import profiles_for, write_engines
 
-SMALL = profiles_for(rows=3, tokens=7, context=120, wanted=1)  # chunks of 7 tokens, batches of 3
+SMALL = profiles_for(rows=3, tokens=7, context=128, wanted=1)  # chunks of 7 tokens, batches of 3
 
 
 def engines_for(path: Path, profiles: tuple[ProfileInfo, ...], **other: Any) -> Path:

@@ -167,7 +167,7 @@ class Context(Counted):
         return 0 <= number < len(self.engine.profiles)
 
     def set_device_memory(self, address: int, size: int) -> None:
-        assert address % 256 == 0
+        assert address % 512 == 0
         assert size >= self.engine.get_device_memory_size_for_profile_v2(self.profile or 0)
         self.driver.view(address, size)
         self.scratch, self.state = (address, size), self.state + 1
@@ -185,7 +185,7 @@ class Context(Counted):
         return True
 
     def set_tensor_address(self, name: str, address: int) -> bool:
-        if not address or name not in self.engine.nodes:
+        if not address or address % 256 or name not in self.engine.nodes:
             self._log(f"Invalid address of {name}")
             return False
         self.addresses[name], self.state = address, self.state + 1

@@ -59,10 +59,10 @@ def test_a_graph_without_caches(tmp_path: Path, trt: FakeTensorrt) -> None:
 
 def test_too_long_for_the_engine_names_the_option(built: Path, trt: FakeTensorrt) -> None:
     with load(built, backend="trt") as model:
-        assert model.max_positions == 120
-        with pytest.raises(InputError, match=r"too long for the engine's context; got 119 .* larger --max-context"):
-            complete(model, [[1] * 119], GREEDY)
-        assert len(complete(model, [[1] * 119], GenerateOptions())[0].token_ids) == 2
+        assert model.max_positions == 128
+        with pytest.raises(InputError, match=r"too long for the engine's context; got 127 .* larger --max-context"):
+            complete(model, [[1] * 127], GREEDY)
+        assert len(complete(model, [[1] * 127], GenerateOptions())[0].token_ids) == 2
 
 
 def test_the_command_line_says_what_really_runs(

@@ -11,7 +11,7 @@ import pytest
 
 from runtime.backends.trt import PLANS_KEPT, TrtSession, packed_bytes
 from runtime.caches import GRAIN, CacheGroup, CacheNames
-from runtime.device import OUT_OF_MEMORY, Device, Layout
+from runtime.device import ALIGNMENT, OUT_OF_MEMORY, Device, Layout
 from runtime.device_caches import DeviceCaches, DeviceGroup
 from runtime.engines import Target
 from runtime.errors import InputError, MachineError, NumericError
@@ -267,23 +267,23 @@ def test_a_step_beyond_the_profiles_is_refused_by_name(rows: int, message: str, 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_a_row_beyond_the_engines_context_is_refused_by_name(style: CacheStyle, trt: FakeTensorrt) -> None:
-    session = opened(style, context=70)
-    assert session.limits.positions == 70
-    ids, scale = ids_for(71), scalings_for(71)
-    feed(session, [ids[:69]], [scale[:69]])
-    feed(session, [ids[69:70]], [scale[69:70]])
-    assert session.capacity == 70, "grown as far as the profile goes, no further"
-    with pytest.raises(InputError, match=r"engine's context; got 71; need at most 70\. Fix: build .* --max-context"):
-        feed(session, [ids[70:]], [scale[70:]])
+    session = opened(style, context=85)
+    assert session.limits.positions == 80
+    ids, scale = ids_for(81), scalings_for(81)
+    feed(session, [ids[:79]], [scale[:79]])
+    feed(session, [ids[79:80]], [scale[79:80]])
+    assert session.capacity == 80, "as far as the profile goes, in steps that keep 256-byte addresses"
+    with pytest.raises(InputError, match=r"engine's context; got 81; need at most 80\. Fix: build .* --max-context"):
+        feed(session, [ids[80:]], [scale[80:]])
     session.close()
 
 
 def test_padding_that_an_aliasing_engine_has_no_room_for_is_refused(trt: FakeTensorrt) -> None:
-    session = opened(CacheStyle.ALIAS, context=70)
-    feed(session, [ids_for(69)], [scalings_for(69)])
-    with pytest.raises(InputError, match=r"got C = 73; need C in 0\.\.70"):
+    session = opened(CacheStyle.ALIAS, context=85)
+    feed(session, [ids_for(79)], [scalings_for(79)])
+    with pytest.raises(InputError, match=r"got C = 96; need C in 0\.\.85"):
         feed(session, [[1], ids_for(4)], [scalings_for(1), scalings_for(4)])
-    assert session.lengths.tolist() == [69, 0]
+    assert session.lengths.tolist() == [79, 0]
     session.close()
 
 
@@ -364,8 +364,11 @@ def test_writes_growth_and_clearing_equal_numpy(number: int, trt: FakeTensorrt) 
         if RANDOM.random() < 0.5:
             past[:], counts[:] = past[0], counts[0]
         fresh = RANDOM.standard_normal((count, size, heads, width, dim)).astype(np.float16)
-        source = device.allocate(fresh.nbytes)
-        device.upload(fresh, source)
+        source = device.allocate(group.fresh_bytes(size, width))
+        layer = group.fresh_bytes(size, width) // count
+        assert layer % ALIGNMENT == 0
+        for number, array in enumerate(fresh):
+            device.upload(array, source + number * layer)
         host.write(fresh, rows, past, counts)
         boxes = len(trt.driver.boxes)
         group.write(device, source, width, rows, past, counts)
