@@ -146,13 +146,17 @@ class Device:
         self._graphs.remove(graph)
         self._call("cuGraphExecDestroy", graph)
 
+    def settle(self) -> None:
+        """Wait for whatever still runs, errors or not: what it uses is about to go."""
+        if self._gpu is not None:
+            self._driver.cuCtxSetCurrent(self._gpu)
+        if self._stream is not None:
+            self._driver.cuStreamSynchronize(self._stream)
+
     def close(self) -> None:
         """Free all of it; errors do not stop the rest, since a lost GPU fails every call."""
         driver = self._driver
-        if self._gpu is not None:
-            driver.cuCtxSetCurrent(self._gpu)
-        if self._stream is not None:
-            driver.cuStreamSynchronize(self._stream)
+        self.settle()
         for graph in self._graphs:
             driver.cuGraphExecDestroy(graph)
         for address in self._blocks:

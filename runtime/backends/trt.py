@@ -148,6 +148,7 @@ class TrtSession:
 
     def close(self) -> None:
         """Free the engine and all memory of the device; again is no error."""
+        self._device.settle()
         for plan in self._plans.values():
             plan.context = None  # a traceback may hold the plan for longer
         self._plans.clear()

@@ -37,8 +37,8 @@ MAGIC = b"FAKE PLAN\n"
 VERSION = "10.15.1.29"
 GPU = Gpu("Fake GPU", "8.9", "13.0")
 SCRATCH = 4096
-_NAMES = {"tensor(float)": "FLOAT", "tensor(int64)": "INT64"}
-_NUMPY = {"FLOAT": np.float32, "INT64": np.int64}
+_NAMES = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int64)": "INT64"}
+_NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64}
 
 
 class Severity(IntEnum):
@@ -78,6 +78,7 @@ class FakeTensorrt:
     host_tensor: str = ""  # an input that this TensorRT wants in host memory
     copies_caches: bool = False
     alive: int = 0  # runtimes, engines, contexts
+    torn: int = 0  # contexts that went while their work waited
 
     ILogger, TensorIOMode, TensorLocation = ILogger, TensorIOMode, TensorLocation
     ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
@@ -161,6 +162,10 @@ class Context(Counted):
         self.addresses: dict[str, int] = {}
         self.state = 0  # moves whenever a captured graph would go stale
         self.settled = -1  # the state of the last ordinary enqueue
+
+    def __del__(self) -> None:
+        super().__del__()
+        self.trt.torn += bool(self.driver.queue)
 
     def set_optimization_profile_async(self, number: int, stream: int) -> bool:
         self.profile = number

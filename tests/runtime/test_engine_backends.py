@@ -21,7 +21,7 @@ from runtime.errors import InputError, MachineError
 from runtime.gpu import has_driver
 from runtime.signature import CacheStyle
 from tests.runtime.engine_bundles import SMALL, engines_for, environment
-from tests.runtime.fake_tensorrt import VERSION, FakeTensorrt, profiles_for, write_engines
+from tests.runtime.fake_tensorrt import VERSION, FakeTensorrt, install, profiles_for, write_engines
 from tests.runtime.tiny_bundles import BYTE_SHAPE, tiny_bundle
 from tests.runtime.tiny_graphs import TinyShape
 
@@ -39,6 +39,17 @@ def test_engines_generate_what_onnx_runtime_does(options: GenerateOptions, built
     """Two passes and one, prompts in chunks, ragged batches of at most three rows, growth during decoding."""
     assert tokens(built, options, backend="trt") == tokens(built, options)
     assert trt.deserialised == 1
+
+
+def test_tensorrt_for_rtx_goes_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_bundle(tmp_path / "tiny", end=())
+    engines_for(path, SMALL, name="trt-rtx-0123456789abcdef", target=Target.TRT_RTX, compute_capabilities=())
+    trt = install(monkeypatch, Target.TRT_RTX)
+    assert tokens(path, backend="trt-rtx") == tokens(path)
+    assert not trt.driver.leaks
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(MachineError, match="TensorRT is not installed"):
+        load(path, backend="trt")
 
 
 def test_engines_that_write_their_caches_themselves_do_too(tmp_path: Path, trt: FakeTensorrt) -> None:

@@ -7,6 +7,7 @@ import threading
 from contextlib import closing
 
 import numpy as np
+import onnx
 import pytest
 
 from runtime.backends.trt import PLANS_KEPT, TrtSession, packed_bytes
@@ -131,6 +132,44 @@ def test_many_plans_keep_only_a_few_contexts(trt: FakeTensorrt) -> None:
         for _ in range(3):
             feed(session, [[1]], [scalings_for(1)], slot)
     assert len(trt.driver.graphs) == PLANS_KEPT // 2, "each slot's first step has an empty past and a plan of its own"
+    session.close()
+
+
+def in_half(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same decoder with caches and logits in float16."""
+    half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+    before, after = [], []
+    for value in (*model.graph.input, *model.graph.output):
+        if not value.name.startswith(("past", "present", "logits")):
+            continue
+        value.type.tensor_type.elem_type = half
+        for node in model.graph.node:
+            for names in (node.input, node.output):
+                names[:] = [f"{name}_32" if name == value.name else name for name in names]
+        is_input = value.name.startswith("past")
+        ends = [value.name, f"{value.name}_32"] if is_input else [f"{value.name}_32", value.name]
+        cast = onnx.helper.make_node("Cast", ends[:1], ends[1:], to=single if is_input else half)
+        (before if is_input else after).append(cast)
+    nodes = [*before, *model.graph.node, *after]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
+def test_half_caches_and_logits(trt: FakeTensorrt) -> None:
+    signature = signature_from_shape(
+        SignatureShape(SHAPE.vocab, (2, 2), (6, 6), scalings=2, experts=3, gate=True, dtype="float16")
+    )
+    plan = plan_bytes(in_half(tiny_model(SHAPE, WEIGHTS)).SerializeToString(), profiles_for())
+    session = TrtSession(plan, signature, SessionSettings(200), profiles_for(), Target.TRT)
+    session.allocate(2)
+    ids, scale = ids_for(80), scalings_for(80)
+    want = reference(SHAPE, WEIGHTS, ids, scale)[0]
+    result = feed(session, [ids[:60], ids[:3]], [scale[:60], scale[:3]])
+    got = np.concatenate([result.logits[0], decode(session, ids, scale, 60)])
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, want, atol=0.05)
+    assert np.abs(got - want).max() > TOLERANCE, "it was half indeed"
     session.close()
 
 
