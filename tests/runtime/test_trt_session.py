@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from runtime.backends.trt import PLANS_KEPT, TrtSession, packed_bytes
+from runtime.backends.trt import PLANS_KEPT, TRT_DTYPES, TrtSession, packed_bytes
 from runtime.caches import GRAIN, CacheGroup, CacheNames
 from runtime.device import ALIGNMENT, OUT_OF_MEMORY, Device, Layout
 from runtime.device_caches import DeviceCaches, DeviceGroup
@@ -20,7 +20,7 @@ from runtime.gpu import has_driver
 from runtime.rows import Rows
 from runtime.session import SessionSettings
 from runtime.signature import CacheStyle, SignatureShape, TensorSpec, signature_from_shape
-from tests.runtime import fake_cuda
+from tests.runtime import fake_cuda, fake_tensorrt
 from tests.runtime.fake_cuda import CUDA_MEMCPY3D, FakeDriver
 from tests.runtime.fake_tensorrt import FakeTensorrt, open_fake, plan_bytes, profiles_for
 from tests.runtime.test_ort_session import SHAPE, STYLES, TOLERANCE, feed, ids_for, scalings_for
@@ -482,3 +482,23 @@ def test_the_real_bindings_without_a_driver_are_one_line() -> None:
     pytest.importorskip("cuda.bindings.driver")
     with pytest.raises(MachineError, match="no NVIDIA driver answers"):
         Device()
+
+
+def test_the_fake_has_the_methods_of_the_real_tensorrt() -> None:
+    """As far as the Python API shows without a GPU."""
+    real = pytest.importorskip("tensorrt_rtx")
+    pairs = {
+        fake_tensorrt.Runtime: real.Runtime,
+        fake_tensorrt.Engine: real.ICudaEngine,
+        fake_tensorrt.Context: real.IExecutionContext,
+    }
+    for fake, theirs in pairs.items():
+        missing = [name for name in vars(fake) if not name.startswith("_") and not hasattr(theirs, name)]
+        assert missing == []
+    for name in ("num_io_tensors", "num_optimization_profiles"):
+        assert hasattr(real.ICudaEngine, name)
+    assert hasattr(real.Runtime, "engine_host_code_allowed")
+    enums = (fake_tensorrt.TensorIOMode, fake_tensorrt.TensorLocation, fake_tensorrt.DataType)
+    for enum in (*enums, fake_tensorrt.ExecutionContextAllocationStrategy):
+        assert {member.name for member in enum} <= set(getattr(real, enum.__name__).__members__)
+    assert set(TRT_DTYPES) <= set(real.DataType.__members__)
