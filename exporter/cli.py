@@ -181,9 +181,9 @@ def build(args: argparse.Namespace) -> int:
     has_plugins = OpChoice.PLUGIN in (spec.gate_op, spec.site_op)
     for engine_spec in engines:
         from exporter.engines.link import is_linked, run_linked
-        from exporter.engines.tensorrt import load_tensorrt
+        from exporter.engines.tensorrt import load_builder
 
-        load_tensorrt(engine_spec.target)  # minutes before it is needed
+        load_builder(engine_spec.target)  # minutes before it is needed
         if has_plugins and not is_linked(engine_spec.target):
             return run_linked(args.arguments)
     with shown_stages(quiet=args.quiet) as clock:
@@ -204,7 +204,7 @@ def engine(args: argparse.Namespace) -> int:
     from exporter.engines.build import chosen_graphs
     from exporter.engines.link import is_linked, run_linked
     from exporter.engines.spec import plugins_of
-    from exporter.engines.tensorrt import load_tensorrt
+    from exporter.engines.tensorrt import load_builder
     from runtime.bundle import open_bundle
 
     bundle = open_bundle(args.bundle)
@@ -216,7 +216,7 @@ def engine(args: argparse.Namespace) -> int:
     }
     specs = [dataclasses.replace(_engine_spec(args, target), **asked) for target in dict.fromkeys(args.target)]
     for spec in specs:
-        load_tensorrt(spec.target)
+        load_builder(spec.target)
         plugins = [name for graph in chosen_graphs(bundle, spec) for name in plugins_of(graph, spec)]
         if plugins and not is_linked(spec.target):
             return run_linked(args.arguments)

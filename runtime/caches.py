@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,17 @@ def capacity_for(needed: int, max_positions: int) -> int:
     """
     rounded = -(-(needed + needed // 8) // GRAIN) * GRAIN
     return min(rounded, max(needed, max_positions))
+
+
+@dataclass(frozen=True, slots=True)
+class CacheNames:
+    """The carries that share one block of memory."""
+
+    inputs: tuple[str, ...]  # N graph inputs
+    outputs: tuple[str, ...]  # their N outputs
+    heads: int
+    dim: int
+    dtype: str
 
 
 @dataclass(slots=True)
@@ -59,10 +71,14 @@ class CacheGroup:
 class Caches:
     """All cache groups of one session, with one capacity C."""
 
-    def __init__(self, signature: Signature, dtypes: dict[str, np.dtype[np.generic]], max_positions: int) -> None:
+    def __init__(self, signature: Signature, dtypes: Mapping[str, np.dtype[np.generic]], max_positions: int) -> None:
         self._max_positions = max_positions
         self.capacity = 0
-        self.groups = _groups(signature, dtypes)
+        self.groups = tuple(
+            CacheGroup(names.inputs, names.outputs, names.heads, names.dim, dtypes[names.dtype], np.zeros(0))
+            for names in cache_names(signature)
+        )
+        self.allocate(0)
 
     def allocate(self, slots: int) -> None:
         """Forget everything; capacity 0."""
@@ -80,7 +96,8 @@ class Caches:
         return True
 
 
-def _groups(signature: Signature, dtypes: dict[str, np.dtype[np.generic]]) -> tuple[CacheGroup, ...]:
+def cache_names(signature: Signature) -> tuple[CacheNames, ...]:
+    """The carries of a signature, those of equal heads, dims and dtype together."""
     members: dict[tuple[int, int, str], list[tuple[str, str]]] = {}
     for carry in signature.carries:
         spec = signature.input(carry.input)
@@ -89,8 +106,7 @@ def _groups(signature: Signature, dtypes: dict[str, np.dtype[np.generic]]) -> tu
     groups = []
     for (heads, dim, dtype), pairs in members.items():
         inputs, outputs = zip(*pairs, strict=True)
-        memory = np.zeros((len(pairs), 0, heads, 0, dim), dtypes[dtype])
-        groups.append(CacheGroup(inputs, outputs, heads, dim, dtypes[dtype], memory))
+        groups.append(CacheNames(inputs, outputs, heads, dim, dtype))
     return tuple(groups)
 
 

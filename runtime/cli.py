@@ -59,7 +59,9 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     add("--seed", type=int, metavar="S", help="same seed and prompt, same text, whatever else is in the batch")
     add("--batch-size", type=int, default=16, metavar="N", help="prompts that run together (default 16)")
     add("--graph", metavar="NAME", help="a graph's name or mode (default: the dynamic one)")
-    add("--provider", default="cpu", choices=("cpu", "cuda"))
+    add("--backend", default="ort", choices=("ort", "trt", "trt-rtx"), help="ONNX Runtime (default) or an engine")
+    providers = ("cpu", "cuda", "tensorrt", "nv-tensorrt-rtx")
+    add("--provider", default="cpu", choices=providers, help="ONNX Runtime's (default cpu)")
     add("--threads", type=int, metavar="N")
     output = command.add_mutually_exclusive_group()
     output.add_argument("--stream", action="store_true", help="print text as it comes, one prompt after the other")
@@ -86,7 +88,9 @@ def generate(args: argparse.Namespace) -> int:
 
     options = _options(args)
     prompts = [_read(prompt) if isinstance(prompt, Path) else prompt for prompt in args.prompts]
-    with load(args.bundle, graph=args.graph, provider=args.provider, threads=args.threads) as model:
+    with load(
+        args.bundle, backend=args.backend, graph=args.graph, provider=args.provider, threads=args.threads
+    ) as model:
         if not args.quiet:
             print(_status(model), file=sys.stderr, flush=True)
             if note := mix_note(options.mix or {}):

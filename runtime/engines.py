@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from runtime.bundle import Bundle
-from runtime.errors import MachineError
+from runtime.errors import InputError, MachineError, UserError
 from runtime.manifest import MANIFEST_NAME, Digest, ListedFile, Listing, RelativePath, Strict
 from runtime.sealed_folder import SealedFolder, parse_manifest, read_sealed
 
@@ -77,6 +77,7 @@ class EngineManifest(Listing):
     platform: str  # "linux-x86_64"
     compute_capabilities: tuple[str, ...]  # "8.6"; none: 8.0 and later (TensorRT for RTX only)
     device: str  # the GPU built on; empty: built without one
+    driver: str  # its driver's CUDA, "13.0"; empty: built without one
     plans: tuple[PlanInfo, ...]
     artifacts: tuple[PlanFile, ...]
 
@@ -94,6 +95,8 @@ class Machine:
     version: str
     platform: str
     compute_capability: str  # "8.6"
+    device: str  # the GPU's name
+    driver: str  # the driver's CUDA, "13.0"
 
 
 def engines_root(bundle: Path) -> Path:
@@ -128,6 +131,8 @@ def contradictions(manifest: EngineManifest) -> Iterator[tuple[str, str]]:
     if any(not _CAPABILITY.fullmatch(text) for text in manifest.compute_capabilities):
         yield "compute_capabilities", "are written like 8.6"
     for plan in manifest.plans:
+        if not plan.profiles or any(not {"B", "S", "K"} <= profile.ranges.keys() for profile in plan.profiles):
+            yield f"plans.{plan.graph}", "needs profiles with ranges for B, S and K at least"
         for profile in plan.profiles:
             wrong = [
                 symbol for symbol, r in profile.ranges.items()
@@ -137,13 +142,21 @@ def contradictions(manifest: EngineManifest) -> Iterator[tuple[str, str]]:
                 yield f"plans.{plan.graph}.{profile.name}", f"has no sound range for {', '.join(wrong)}"
 
 
-def misfits(manifest: EngineManifest, bundle_digest: str, machine: Machine) -> list[str]:
+def misfits(manifest: EngineManifest, bundle: Bundle, machine: Machine) -> list[str]:
     """Why these engines may not be deserialised here: both sides of everything that differs."""
+    graphs = {graph.name: graph.path for graph in bundle.manifest.graphs}
+    digests = {artifact.path: artifact.sha256 for artifact in bundle.artifacts("graph")}
     pairs = {
-        "bundle": (manifest.bundle, bundle_digest),
+        "bundle": (manifest.bundle, bundle.digest),
         "target": (manifest.target, machine.target),
         f"{machine.target.product} version": (manifest.version, machine.version),
         "platform": (manifest.platform, machine.platform),
+        "GPU": (manifest.device, machine.device if manifest.device else ""),
+        "driver's CUDA": (manifest.driver, machine.driver if manifest.driver else ""),
+        **{
+            f"ONNX file of graph {plan.graph}": (plan.onnx_sha256, digests.get(graphs.get(plan.graph, ""), "none"))
+            for plan in manifest.plans
+        },
     }
     found = [
         f"{name}: the engine's is {theirs}, here it is {ours}"
@@ -165,10 +178,45 @@ def runs_on(manifest: EngineManifest, capability: str) -> bool:
 
 def require_fit(engines: EngineFolder, bundle: Bundle, machine: Machine) -> None:
     """Refuse engines of another bundle, version or GPU, before a byte of them is deserialised."""
-    if found := misfits(engines.manifest, bundle.digest, machine):
+    if found := misfits(engines.manifest, bundle, machine):
         raise MachineError(
             "the engine was not built for this: " + "; ".join(found),
             where=str(engines.root),
-            fix=f"python -m exporter engine {bundle.root} --target {machine.target}",
+            fix=build_command(bundle, machine.target),
             code="E_ENGINE",
         )
+
+
+def fitting_engine(bundle: Bundle, graph: str, machine: Machine) -> tuple[EngineFolder, PlanInfo]:
+    """The bundle's first engine of this graph that fits the machine; else a MachineError says why each does not.
+
+    Digests of plans are left to whoever reads one (`EngineFolder.read`), so that the bytes hashed are those used.
+    """
+    refusals = []
+    for path in engine_folders(bundle.root):
+        if path.name.rpartition("-")[0] != machine.target:
+            continue
+        try:
+            engines = open_engines(path, check_digests=False)
+            require_fit(engines, bundle, machine)
+        except UserError as error:
+            refusals.append(error)
+            continue
+        plans = [plan for plan in engines.manifest.plans if plan.graph == graph]
+        if plans:
+            return engines, plans[0]
+        refusals.append(InputError(f"holds no engine of graph {graph}", where=str(path)))
+    if len(refusals) == 1 and isinstance(refusals[0], MachineError):
+        raise refusals[0]
+    raise MachineError(
+        f"there is no engine of graph {graph} for {machine.target.product} on this machine",
+        where=str(bundle.root),
+        got="".join(f"\n  - {error}" for error in refusals) + "\n" if refusals else "none at all",
+        fix=build_command(bundle, machine.target),
+        code="E_ENGINE",
+    )
+
+
+def build_command(bundle: Bundle, target: Target) -> str:
+    """What builds the right engine."""
+    return f"python -m exporter engine {bundle.root} --target {target}"

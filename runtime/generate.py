@@ -14,6 +14,7 @@ from runtime.passes import Ids
 from runtime.request import Completion, Limits, Request, TokenEvent
 from runtime.routing import Routing, routing_for
 from runtime.sampling import Sampler, Sampling
+from runtime.session import StepLimits
 from runtime.signature import CacheStyle
 from runtime.text import TextStream
 
@@ -63,7 +64,8 @@ def _prepare(
 ) -> tuple[list[Request], Iterator[TokenEvent]]:
     routing = routing_for(model.manifest, model.graph, options.mix)
     requests = _requests(model, prompts, options)
-    size = 1 if model.session.signature.cache_style is CacheStyle.NONE else options.batch_size
+    is_cached = model.session.signature.cache_style is not CacheStyle.NONE
+    size = min(options.batch_size, model.session.limits.rows) if is_cached else 1
     return requests, _run_in_batches(model, requests, routing, size)
 
 
@@ -115,7 +117,7 @@ def _requests(model: Model, prompts: Sequence[Prompt], options: GenerateOptions)
 def _request(model: Model, number: int, prompt: Prompt, options: GenerateOptions) -> Request:
     ids = _ids(model, prompt)
     limits = Limits(
-        _new_tokens(len(ids), model.max_positions, options.max_new_tokens),
+        _new_tokens(len(ids), model.session.limits, options.max_new_tokens),
         model.end_token_ids | frozenset(options.stop_token_ids),
         options.stop,
     )
@@ -137,14 +139,15 @@ def _ids(model: Model, prompt: Prompt) -> Sequence[int]:
     return prompt
 
 
-def _new_tokens(prompt: int, max_positions: int, wanted: int | None) -> int:
+def _new_tokens(prompt: int, limits: StepLimits, wanted: int | None) -> int:
     """How many tokens may come: the last one is never fed back, so it needs no position."""
-    room = max_positions - prompt + 1
+    room = limits.positions - prompt + 1
     if room < 1 or (wanted or 0) > room:
         raise InputError(
-            "too long for the model's positions",
+            "too long for the engine's context" if limits.fix else "too long for the model's positions",
             got=f"{prompt} prompt tokens" + (f" and {wanted} new ones" if wanted else ""),
-            need=f"prompt + new tokens <= {max_positions + 1}",
+            need=f"prompt + new tokens <= {limits.positions + 1}",
+            fix=limits.fix,
             code="E_POSITIONS",
         )
     return min(room, DEFAULT_NEW_TOKENS) if wanted is None else wanted

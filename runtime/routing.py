@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from runtime.errors import InputError
 from runtime.manifest import GraphInfo, Manifest
 from runtime.mix import scalings_from_mix
-from runtime.passes import ExactPasses, InChunks, OnePass, Passes, WholeSequence
+from runtime.passes import CHUNK, ExactPasses, InChunks, OnePass, Passes, WholeSequence
 from runtime.session import Session
 from runtime.signature import GATE, SCALINGS, CacheStyle
 
@@ -31,7 +31,9 @@ class Routing:
             passes = ExactPasses(session, batch, self.row, per_length=self.per_length)
         else:
             passes = OnePass(session, batch, self.row)
-        return WholeSequence(passes) if session.signature.cache_style is CacheStyle.NONE else InChunks(passes)
+        if session.signature.cache_style is CacheStyle.NONE:
+            return WholeSequence(passes)
+        return InChunks(passes, min(CHUNK, session.limits.tokens))
 
 
 def routing_for(manifest: Manifest, graph: GraphInfo, mix: Mapping[str, float] | None) -> Routing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,9 +18,19 @@ class SessionSettings:
     """How to open a graph."""
 
     max_positions: int  # no slot may grow longer
-    provider: str = "cpu"  # cpu | cuda
+    provider: str = "cpu"  # ONNX Runtime's: cpu | cuda | tensorrt | nv-tensorrt-rtx
     threads: int | None = None  # None: the backend's choice
     mapped: bool = False  # keep weights in their mapped file: less memory, slower steps
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """The most that a session takes; generation keeps to it by smaller batches and chunks."""
+
+    positions: int  # entries of a slot
+    rows: int = sys.maxsize  # of one step
+    tokens: int = sys.maxsize  # of one row of a step
+    fix: str = ""  # what raises them, where they are not the model's own
 
 
 class Session(Protocol):
@@ -31,6 +42,7 @@ class Session(Protocol):
 
     signature: Signature
     provider: str  # the one that really runs
+    limits: StepLimits
 
     @property
     def lengths(self) -> NDArray[np.int64]:

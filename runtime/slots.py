@@ -13,9 +13,10 @@ from runtime.signature import SCALINGS, CacheStyle, Signature
 class Slots:
     """Bookkeeping that every backend shares; it holds no K/V."""
 
-    def __init__(self, signature: Signature, max_positions: int) -> None:
+    def __init__(self, signature: Signature, max_positions: int, fix: str = "") -> None:
         self.is_cached = signature.cache_style is not CacheStyle.NONE
         self.max_positions = max_positions
+        self._fix = fix  # what allows more
         self.lengths: NDArray[np.int64] = np.zeros(0, np.int64)
         self._scalings = signature.input(SCALINGS)
 
@@ -74,9 +75,10 @@ class Slots:
         longest = int((self.past(rows) + rows.counts).max())
         if longest > self.max_positions:
             raise InputError(
-                "a row grows past the model's positions",
+                "a row grows past the engine's context" if self._fix else "a row grows past the model's positions",
                 got=str(longest),
                 need=f"at most {self.max_positions}",
+                fix=self._fix,
                 code="E_POSITIONS",
             )
 

@@ -24,7 +24,7 @@ ROOMS = ("exporter", "runtime", "plugins")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
-ENGINES = {"onnxruntime", "tensorrt", "tensorrt_rtx"}
+ENGINES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
 HEAVY = {"torch", "transformers", "peft", "onnx", "onnx_ir", "onnxscript", "accelerate", "safetensors"}
 
 

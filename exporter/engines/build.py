@@ -11,7 +11,7 @@ from typing import Any
 from exporter.engines.link import require_link
 from exporter.engines.plan import Builder, check_target
 from exporter.engines.spec import EngineSpec, plugins_of, profiles_of
-from exporter.engines.tensorrt import load_tensorrt, platform_name, this_gpu
+from exporter.engines.tensorrt import load_builder
 from exporter.errors import ExportError
 from exporter.publish import Layout, publish_sealed, stage
 from exporter.watch import PeakMemory, StageClock, StageEvent
@@ -27,7 +27,9 @@ from runtime.engines import (
     open_engines,
 )
 from runtime.errors import UserError
+from runtime.gpu import this_gpu
 from runtime.manifest import GraphInfo
+from runtime.tensorrt import platform_name
 
 
 def _kind(path: str) -> str:
@@ -49,7 +51,7 @@ def build_engines(bundle: Bundle, spec: EngineSpec, clock: StageClock | None = N
     graphs = chosen_graphs(bundle, spec)
     for graph in graphs:
         check_target(spec, graph, bundle.manifest.base.dtype)
-    trt = load_tensorrt(spec.target)
+    trt = load_builder(spec.target)
     planned = planned_manifest(bundle, graphs, spec, trt)
     out = engines_root(bundle.root) / folder_name(planned)
     if not spec.overwrite and (found := sound_engines(out)) is not None:
@@ -101,6 +103,7 @@ def planned_manifest(bundle: Bundle, graphs: list[GraphInfo], spec: EngineSpec, 
         platform=platform_name(),
         compute_capabilities=capabilities,
         device=gpu.name if gpu else "",
+        driver=gpu.driver if gpu else "",
         plans=plans,
         artifacts=(),
     )

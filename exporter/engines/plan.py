@@ -10,7 +10,7 @@ from typing import Any
 
 from exporter.engines.onnx_bytes import without_functions
 from exporter.engines.spec import EngineSpec, shapes_of
-from exporter.engines.tensorrt import make_logger, make_monitor
+from exporter.engines.tensorrt import make_monitor
 from exporter.engines.timing_cache import read_timings, write_timings
 from exporter.errors import ExportError
 from plugins.tensorrt_plugins import register, unregister
@@ -18,6 +18,7 @@ from runtime.engines import PlanInfo, ProfileInfo, Target
 from runtime.errors import InputError, raise_all
 from runtime.manifest import GraphInfo
 from runtime.signature import CacheStyle, Signature
+from runtime.tensorrt import make_logger
 
 MAX_SHOWN = 8
 

@@ -1,38 +1,19 @@
-"""The two packages behind one interface: `tensorrt` and `tensorrt_rtx` share their Python API."""
+"""What only a build asks of TensorRT: a machine that can build, and word of how far it is."""
 
 from __future__ import annotations
 
-import ctypes
-import platform
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from runtime.engines import Target
 from runtime.errors import MachineError
-
-MAX_LOG_LINES = 20_000
-DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+from runtime.gpu import has_driver
+from runtime.tensorrt import load_tensorrt
 
 
-def load_tensorrt(target: Target) -> Any:
-    """The target's module, or what this machine lacks."""
-    try:
-        module = import_module(target.module)
-    except ImportError as error:
-        installs = {
-            Target.TRT: "JetPack's own package on a Jetson, else pip install tensorrt",
-            Target.TRT_RTX: "pip install 'xlora-export[trt-rtx]'",
-        }
-        raise MachineError(
-            f"{target.product} is not installed (no module {target.module})",
-            got="" if isinstance(error, ModuleNotFoundError) else str(error)[:300],
-            fix=installs[target],
-            code="E_TENSORRT",
-        ) from error
+def load_builder(target: Target) -> Any:
+    """The target's module where it can build, or what this machine lacks."""
+    module = load_tensorrt(target)
     if target is Target.TRT and not has_driver():
         raise MachineError(
             "TensorRT builds engines only on a machine with an NVIDIA GPU and driver",
@@ -40,67 +21,6 @@ def load_tensorrt(target: Target) -> Any:
             code="E_GPU",
         )
     return module
-
-
-def has_driver() -> bool:
-    """Whether an NVIDIA driver answers, asked without TensorRT, which may crash without one."""
-    try:
-        driver = ctypes.CDLL(DRIVER)
-    except OSError:
-        return False
-    return bool(driver.cuInit(0) == 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """The first GPU of this machine."""
-
-    name: str
-    compute_capability: str  # "8.7"
-
-
-def this_gpu() -> Gpu:
-    """Asked of the driver (CUDA driver API: cuDeviceGetName, cuDeviceGetAttribute)."""
-    driver = ctypes.CDLL(DRIVER)
-    device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
-    numbers = [ctypes.c_int(), ctypes.c_int()]
-    calls = [
-        driver.cuInit(0),
-        driver.cuDeviceGet(ctypes.byref(device), 0),
-        driver.cuDeviceGetName(name, len(name), device),
-        *(
-            driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
-            for number, attribute in zip(numbers, (_MAJOR, _MINOR), strict=True)
-        ),
-    ]
-    if any(calls):
-        raise MachineError("the NVIDIA driver does not answer", got=f"CUDA error {max(calls)}", code="E_GPU")
-    return Gpu(name.value.decode(errors="replace"), f"{numbers[0].value}.{numbers[1].value}")
-
-
-def platform_name() -> str:
-    """ "linux-x86_64": engines do not cross it."""
-    return f"{platform.system().lower()}-{platform.machine().lower()}"
-
-
-def make_logger(trt: Any) -> Any:
-    """A logger that keeps every line for the build log: `.lines`, and `.errors` among them."""
-
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lines: list[str] = []
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity > trt.ILogger.INFO:
-                return
-            if len(self.lines) < MAX_LOG_LINES:
-                self.lines.append(f"{severity.name.lower()}: {message}")
-            if severity <= trt.ILogger.ERROR:
-                self.errors.append(message)
-
-    return Logger()
 
 
 def make_monitor(trt: Any, tell: Callable[[str], None]) -> Any:

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import cast
 
+from runtime.engines import Target
 from runtime.errors import InputError
 from runtime.session import Session, SessionSettings
 from runtime.signature import Signature
@@ -17,8 +18,8 @@ BACKENDS = {  # name -> "module:class", opened as class(graph, signature, settin
 
 
 def open_session(backend: str, graph: Path, signature: Signature, settings: SessionSettings) -> Session:
-    """Open a graph file on the named backend."""
+    """Open a graph file on the named backend; the TensorRT ones (`Target`) take an engine instead."""
     if backend not in BACKENDS:
-        raise InputError("no such backend", got=repr(backend), need=" or ".join(sorted(BACKENDS)))
+        raise InputError("no such backend", got=repr(backend), need=" or ".join(sorted([*BACKENDS, *Target])))
     module, name = BACKENDS[backend].split(":")
     return cast(Session, getattr(import_module(module), name)(graph, signature, settings))

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.rows import Rows, StepResult
-from runtime.session import SessionSettings
+from runtime.session import SessionSettings, StepLimits
 from runtime.signature import GATE, LOGITS, Signature
 from runtime.slots import Slots
 
@@ -19,6 +19,7 @@ class NullSession:
     def __init__(self, graph: Path, signature: Signature, settings: SessionSettings) -> None:
         self.signature = signature
         self.provider = "null"
+        self.limits = StepLimits(positions=settings.max_positions)
         self._slots = Slots(signature, settings.max_positions)
         self._vocab = int(_output_shape(signature, LOGITS)[-1])
         self._gate = tuple(int(size) for size in _output_shape(signature, GATE)[2:])  # (G, E); () without a gate

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.caches import CacheGroup, Caches
-from runtime.errors import InputError, MachineError, NumericError
+from runtime.errors import InputError, MachineError
 from runtime.rows import Rows, StepResult
-from runtime.session import SessionSettings
+from runtime.session import SessionSettings, StepLimits
 from runtime.signature import (
     CACHE_LENGTHS,
     GATE,
@@ -26,18 +26,22 @@ from runtime.signature import (
     TensorSpec,
 )
 from runtime.slots import Slots
+from runtime.tensors import DTYPES, Array, check_signature, first_bad, float32_copy, is_finite, shape_of
 
-Array = NDArray[Any]
-
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-PACKAGES = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu"}
-# dtype name -> how numpy holds it, ONNX's number for it; numpy has no bfloat16, its bits travel as uint16
-DTYPES: dict[str, tuple[np.dtype[Any], int]] = {
-    "float32": (np.dtype(np.float32), 1),
-    "int64": (np.dtype(np.int64), 7),
-    "float16": (np.dtype(np.float16), 10),
-    "bfloat16": (np.dtype(np.uint16), 16),
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+PROVIDERS = {  # by our name: the one that must run, then where it may leave nodes that it does not take
+    "cpu": (CPU,),
+    "cuda": (CUDA, CPU),
+    "tensorrt": ("TensorrtExecutionProvider", CUDA, CPU),
+    "nv-tensorrt-rtx": ("NvTensorRTRTXExecutionProvider", CPU),
 }
+PACKAGES = {
+    "cpu": "onnxruntime",
+    "cuda": "onnxruntime-gpu",
+    "tensorrt": "onnxruntime-gpu",
+    "nv-tensorrt-rtx": "onnxruntime-trt-rtx",
+}
+ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 ORT_DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -62,13 +66,16 @@ class OrtSession:
 
     def __init__(self, graph: Path, signature: Signature, settings: SessionSettings) -> None:
         self.signature = signature
-        self.provider = settings.provider
+        self.limits = StepLimits(positions=settings.max_positions)
         self._style = signature.cache_style
         self._slots = Slots(signature, settings.max_positions)
-        self._caches = Caches(signature, {name: dtype for name, (dtype, _) in DTYPES.items()}, settings.max_positions)
+        self._caches = Caches(signature, DTYPES, settings.max_positions)
         self._plans: dict[tuple[object, ...], Plan] = {}
         self._engine = open_engine(graph, settings)
-        check_signature(self._engine, signature, graph)
+        self.provider = what_runs(self._engine, settings.provider)
+        check_signature(
+            signature, described(self._engine.get_inputs()), described(self._engine.get_outputs()), str(graph)
+        )
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -138,7 +145,7 @@ class OrtSession:
         """Refuse NaN and infinity at real tokens, before anything of the step is kept."""
         if all(is_finite(array) for array in (*plan.results.values(), *plan.fresh)):
             return
-        bad = first_bad(plan, rows)
+        bad = first_bad(plan.results, rows, plan.fresh)
         if self._style is CacheStyle.ALIAS:  # the graph has written it already
             starts = self._slots.past(rows) + (rows.counts if bad is None else 0)
             for group in self._caches.groups:
@@ -205,19 +212,40 @@ def open_engine(graph: Path, settings: SessionSettings) -> Any:
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_mem_pattern = False
         folding = ["ConstantFolding"]
-    wanted = PROVIDERS[settings.provider]
+    providers = [name for name in PROVIDERS[settings.provider] if name in ort.get_available_providers()]
+    wanted = providers[0]
+    if wanted != CPU:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
-        engine = ort.InferenceSession(str(graph), options, providers=[wanted], disabled_optimizers=folding)
+        engine = ort.InferenceSession(str(graph), options, providers=providers, disabled_optimizers=folding)
     except Exception as error:  # its exceptions share no public type
         raise InputError("ONNX Runtime cannot load the graph", where=str(graph), got=first_line(error)) from error
     if wanted not in engine.get_providers():  # it falls back to the CPU with no more than a log line
         raise MachineError(
             f"{wanted} did not start",
             got=", ".join(engine.get_providers()),
-            need="a working GPU driver and the CUDA and cuDNN libraries of this onnxruntime-gpu",
+            need=f"a working GPU driver and the CUDA and cuDNN libraries of this {PACKAGES[settings.provider]}",
             fix="use --provider cpu",
         )
     return engine
+
+
+def what_runs(engine: Any, provider: str) -> str:
+    """The provider and, where ONNX Runtime tells, how many nodes each really took; refused if it took none.
+
+    Some nodes stay on the CPU even so (shapes are computed there): they are shown, not refused.
+    """
+    if provider == "cpu" or not hasattr(engine, "get_provider_graph_assignment_info"):
+        return provider
+    nodes: dict[str, int] = {}
+    for part in engine.get_provider_graph_assignment_info():
+        nodes[part.ep_name] = nodes.get(part.ep_name, 0) + len(part.get_nodes())
+    counts = ", ".join(f"{count} nodes on {name}" for name, count in sorted(nodes.items()))
+    if not nodes.get(PROVIDERS[provider][0]):
+        raise MachineError(
+            f"{PROVIDERS[provider][0]} took no node of the graph", got=counts or "no nodes", fix="use --provider cpu"
+        )
+    return f"{provider} ({counts})"
 
 
 def run_engine(engine: Any, binding: Any) -> None:
@@ -241,93 +269,29 @@ def import_onnxruntime(provider: str) -> Any:
         import onnxruntime as ort
     except ImportError as error:
         raise MachineError(f"{package} is not installed", fix=f"pip install {package}") from error
-    if PROVIDERS[provider] not in ort.get_available_providers():
+    if PROVIDERS[provider][0] not in ort.get_available_providers():
         raise MachineError(
-            f"this onnxruntime {ort.__version__} has no {PROVIDERS[provider]}",
+            f"this onnxruntime {ort.__version__} has no {PROVIDERS[provider][0]}",
             got=", ".join(ort.get_available_providers()),
             fix=f"pip uninstall onnxruntime, pip install {package}; or use --provider cpu",
         )
     return ort
 
 
-def check_signature(engine: Any, signature: Signature, graph: Path) -> None:
-    """Refuse a graph whose inputs and outputs are not exactly the signature's."""
-    differences = [
-        f"{side} {name}: signature {want.get(name, 'none')}, graph {have.get(name, 'none')}"
-        for side, specs, nodes in (
-            ("input", signature.inputs, engine.get_inputs()),
-            ("output", signature.outputs, engine.get_outputs()),
-        )
-        for want, have in [(described(specs), described_nodes(nodes, specs))]
-        for name in want | have
-        if want.get(name) != have.get(name)
-    ]
-    if differences:
-        raise InputError(
-            "the graph is not the one its signature describes", where=str(graph), got="; ".join(differences)
-        )
-
-
-def described(specs: tuple[TensorSpec, ...]) -> dict[str, str]:
-    """Name -> dtype and shape, free sizes as "?"."""
-    return {
-        spec.name: f"{spec.dtype}{[size if isinstance(size, int) else '?' for size in spec.shape]}" for spec in specs
-    }
-
-
-def described_nodes(nodes: list[Any], specs: tuple[TensorSpec, ...]) -> dict[str, str]:
-    """The same for a loaded graph, whose shapes may know more or less than the signature's symbols."""
-    known = {spec.name: spec.shape for spec in specs}
-    return {
-        node.name: f"{ORT_DTYPES.get(node.type, node.type)}{sizes(node.shape, known.get(node.name, ()))}"
-        for node in nodes
-    }
-
-
-def sizes(shape: list[Any], wanted: tuple[int | str, ...]) -> list[int | str]:
-    """A graph's sizes, where a symbol on either side matches anything but another rank."""
-    if len(shape) != len(wanted):
-        return [size if isinstance(size, int) else "?" for size in shape]
-    return [
-        "?" if isinstance(want, str) else want if not isinstance(size, int) else size
-        for size, want in zip(shape, wanted, strict=True)
-    ]
+def described(nodes: list[Any]) -> list[tuple[str, str, list[Any]]]:
+    """Name, dtype and shape of a loaded graph's inputs or outputs."""
+    return [(node.name, ORT_DTYPES.get(node.type, node.type), node.shape) for node in nodes]
 
 
 def bind(call: Any, spec: TensorSpec, array: Array) -> None:
     """Bind an input or output to an array's memory; the array must outlive the binding."""
     assert array.flags.c_contiguous
-    call(spec.name, "cpu", 0, DTYPES[spec.dtype][1], array.shape, array.ctypes.data)
+    call(spec.name, "cpu", 0, ONNX_TYPES[spec.dtype], array.shape, array.ctypes.data)
 
 
 def empty_tensor(spec: TensorSpec, sizes: dict[str, int]) -> Array:
     """Unset memory for one tensor, symbols filled in."""
-    return np.empty([sizes[size] if isinstance(size, str) else size for size in spec.shape], DTYPES[spec.dtype][0])
-
-
-def float32_copy(array: Array) -> NDArray[np.float32]:
-    """A copy in float32; uint16 holds the bits of bfloat16."""
-    if array.dtype == np.uint16:
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32)
-
-
-def is_finite(array: Array) -> bool:
-    """Whether no element is NaN or infinite."""
-    return bool(np.isfinite(float32_copy(array) if array.dtype == np.uint16 else array).all())
-
-
-def first_bad(plan: Plan, rows: Rows) -> NumericError | None:
-    """The first tensor with NaN or infinity at a real token, and the rows it concerns."""
-    real = np.arange(rows.tokens.shape[1]) < rows.counts[:, None]  # [B, S]
-    tensors = [(LOGITS, plan.results[LOGITS], np.take_along_axis(real, rows.logit_index, axis=1))]
-    tensors += [(name, array, real) for name, array in plan.results.items() if name != LOGITS]
-    tensors += [("K/V", fresh.transpose(1, 3, 0, 2, 4), real) for fresh in plan.fresh]  # [B, S, N, H, D]
-    for name, array, counted in tensors:
-        bad = [row for row in range(len(array)) if not is_finite(array[row][counted[row]])]
-        if bad:
-            return NumericError(name, tuple(bad))
-    return None
+    return np.empty(shape_of(spec, sizes), DTYPES[spec.dtype])
 
 
 def first_line(error: Exception) -> str:

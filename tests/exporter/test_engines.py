@@ -32,6 +32,7 @@ from runtime.errors import InputError, MachineError
 from runtime.inspect import render
 from runtime.manifest import Emit, VerifyLevel
 from runtime.signature import SignatureShape, signature_from_shape
+from runtime.tensorrt import platform_name
 from tests.exporter.reseal import reseal
 from tests.exporter.tiny_builds import (
     Built,
@@ -63,8 +64,8 @@ def machine(**other: Any) -> Machine:
     import tensorrt_rtx
 
     fields = {
-        "target": Target.TRT_RTX, "version": tensorrt_rtx.__version__, "platform": ours.platform_name(),
-        "compute_capability": "8.6",
+        "target": Target.TRT_RTX, "version": tensorrt_rtx.__version__, "platform": platform_name(),
+        "compute_capability": "8.6", "device": "a GPU", "driver": "13.0",
     }  # fmt: skip
     return Machine(**(fields | other))
 
@@ -81,6 +82,7 @@ def test_engines_are_built_beside_the_bundle_and_found_again(bundle: Bundle) -> 
     assert manifest.bundle == bundle.digest
     assert plan.onnx_sha256 == next(file.sha256 for file in bundle.artifacts("graph"))
     assert [profile.name for profile in plan.profiles] == ["prefill", "decode"]
+    assert (manifest.device, manifest.driver) == ("", ""), "built without a GPU"
     weights = sum(file.size for file in bundle.artifacts("weights"))
     assert engines.file("dynamic.plan").stat().st_size > weights / 2, "a plan carries its own weights"
     log = json.loads((engines.root / "build.json").read_text())
@@ -90,7 +92,7 @@ def test_engines_are_built_beside_the_bundle_and_found_again(bundle: Bundle) -> 
     notes: list[str] = []
     again = build_engines(bundle, RTX, StageClock(notes=notes.append))
     assert (again.digest, len(notes)) == (engines.digest, 1)
-    assert not misfits(manifest, bundle.digest, machine())
+    assert not misfits(manifest, bundle, machine())
 
 
 def test_inspect_lists_engines_without_tensorrt(bundle: Bundle, tmp_path: Path) -> None:
@@ -132,7 +134,7 @@ def test_other_settings_are_other_engines(bundle: Bundle) -> None:
     other = build_engines(bundle, replace(RTX, compute_capabilities=("8.9", "8.6"), max_batch=1))
     assert first.root != other.root
     assert other.manifest.compute_capabilities == ("8.6", "8.9")
-    assert not misfits(other.manifest, bundle.digest, machine(compute_capability="8.9"))
+    assert not misfits(other.manifest, bundle, machine(compute_capability="8.9"))
 
 
 MISFITS = {
@@ -153,9 +155,9 @@ def test_an_engine_of_elsewhere_is_refused_before_it_is_read(what: str, bundle: 
 
 def test_an_engine_of_another_bundle_is_refused(bundle: Bundle) -> None:
     engines = build_engines(bundle, RTX)
-    other = SimpleNamespace(digest="0" * 64, root=bundle.root)
+    other = Bundle(bundle.root, bundle.manifest, "0" * 64, bundle.identities)
     with pytest.raises(MachineError, match=rf"bundle: the engine's is {bundle.digest}, here it is 0000"):
-        require_fit(engines, other, machine())  # type: ignore[arg-type]
+        require_fit(engines, other, machine())
 
 
 def test_a_forged_manifest_is_refused(bundle: Bundle, tmp_path: Path) -> None:
@@ -168,6 +170,11 @@ def test_a_forged_manifest_is_refused(bundle: Bundle, tmp_path: Path) -> None:
         open_engines(root)
     seal(root)
     with pytest.raises(InputError, match="has no sound range for B"):
+        open_engines(root)
+    del value["plans"][0]["profiles"][0]["ranges"]["B"]
+    path.write_text(json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n")
+    seal(root)
+    with pytest.raises(InputError, match="needs profiles with ranges for B, S and K at least"):
         open_engines(root)
 
 
@@ -331,9 +338,8 @@ def test_a_modern_graph_in_float32_is_refused_by_name(tmp_path: Path) -> None:
 def test_the_demo_checkpoint_becomes_an_engine(tmp_path: Path) -> None:
     examples = Path(__file__).resolve().parents[2] / "examples" / "four-tasks"
     spec = BuildSpec((AdapterSource(examples / "xlora"),), verify=VerifyLevel.STRUCTURE, out=tmp_path / "bundle")
-    engines = build_engines(build(spec), EngineSpec(Target.TRT_RTX))
+    bundle = build(spec)
+    engines = build_engines(bundle, EngineSpec(Target.TRT_RTX))
     assert engines.manifest.compute_capabilities == ()
-    assert not misfits(engines.manifest, engines.manifest.bundle, machine(compute_capability="12.1"))
-    assert "here it is 7.5" in " ".join(
-        misfits(engines.manifest, engines.manifest.bundle, machine(compute_capability="7.5"))
-    )
+    assert not misfits(engines.manifest, bundle, machine(compute_capability="12.1"))
+    assert "here it is 7.5" in " ".join(misfits(engines.manifest, bundle, machine(compute_capability="7.5")))

@@ -1,23 +1,33 @@
-"""The ONNX Runtime session against plain numpy: caching, unequal rows, growth, truncation, bad numbers."""
+"""Sessions against plain numpy: caching, unequal rows, growth, truncation, bad numbers; ONNX Runtime's own faults.
+
+The TensorRT session runs on a fake GPU whose engines compute by ONNX Runtime.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from runtime.backends.ort import OrtSession, float32_copy, is_finite, run_engine
+from runtime.backends.ort import OrtSession, run_engine, what_runs
+from runtime.backends.trt import TrtSession
 from runtime.caches import GRAIN, capacity_for
 from runtime.errors import InputError, MachineError, NumericError
 from runtime.rows import Rows, StepResult
 from runtime.session import SessionSettings
 from runtime.signature import CacheStyle
+from runtime.tensors import float32_copy, is_finite
+from tests.runtime.fake_tensorrt import install, open_fake
 from tests.runtime.tiny_graphs import TinyShape, open_tiny, reference, save_tiny, tiny_weights
 
 TOLERANCE = 1e-4  # float32, logits of size 10; measured differences are below 2.5e-5
 SHAPE = TinyShape()
 STYLES = [CacheStyle.APPEND, CacheStyle.ALIAS]
+AnySession = OrtSession | TrtSession
 
 
 def scalings_for(count: int, seed: int = 7, shape: TinyShape = SHAPE) -> np.ndarray:
@@ -29,7 +39,7 @@ def ids_for(count: int, seed: int = 3) -> list[int]:
     return np.random.default_rng(seed).integers(0, SHAPE.vocab, count).tolist()
 
 
-def feed(session: OrtSession, rows: list[list[int]], scalings: list[np.ndarray], first_slot: int = 0) -> StepResult:
+def feed(session: AnySession, rows: list[list[int]], scalings: list[np.ndarray], first_slot: int = 0) -> StepResult:
     """One step of right-padded rows, logits of every position; padding gets large scalings, which must not matter."""
     width = max(len(row) for row in rows)
     tokens = np.full((len(rows), width), 5, np.int64)
@@ -41,10 +51,30 @@ def feed(session: OrtSession, rows: list[list[int]], scalings: list[np.ndarray],
     return session.step(Rows(tokens, counts, slice(first_slot, first_slot + len(rows)), scale, index))
 
 
+@pytest.fixture(params=["ort", "trt"])
+def opened(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[TinyShape], AnySession]]:
+    """Opens the tiny decoder on a backend; a GPU must end as empty as it began."""
+    if request.param == "ort":
+        yield lambda shape: open_tiny(tmp_path, shape, tiny_weights(shape))
+        return
+    trt = install(monkeypatch)
+    sessions: list[TrtSession] = []
+
+    def opener(shape: TinyShape) -> TrtSession:
+        sessions.append(open_fake(shape, tiny_weights(shape)))
+        return sessions[-1]
+
+    yield opener
+    for session in sessions:
+        session.close()
+    assert not trt.driver.leaks
+
+
 @pytest.fixture(params=STYLES)
-def session(request: pytest.FixtureRequest, tmp_path: Path) -> OrtSession:
-    shape = TinyShape(cache=request.param)
-    return open_tiny(tmp_path, shape, tiny_weights(shape))
+def session(request: pytest.FixtureRequest, opened: Callable[[TinyShape], AnySession]) -> AnySession:
+    return opened(TinyShape(cache=request.param))
 
 
 def test_scalings_positions_and_history_all_matter_in_the_reference() -> None:
@@ -55,7 +85,7 @@ def test_scalings_positions_and_history_all_matter_in_the_reference() -> None:
 
 
 @pytest.mark.parametrize("cuts", [[9], [1] * 9, [4, 1, 3, 1], [8, 1]])
-def test_cached_steps_equal_the_whole_sequence(session: OrtSession, cuts: list[int]) -> None:
+def test_cached_steps_equal_the_whole_sequence(session: AnySession, cuts: list[int]) -> None:
     ids, scale = ids_for(9), scalings_for(9)
     want_logits, want_gate = reference(SHAPE, tiny_weights(SHAPE), ids, scale)
     session.allocate(1)
@@ -69,7 +99,7 @@ def test_cached_steps_equal_the_whole_sequence(session: OrtSession, cuts: list[i
     assert session.lengths.tolist() == [9]
 
 
-def test_rows_of_unequal_length_equal_each_alone(session: OrtSession) -> None:
+def test_rows_of_unequal_length_equal_each_alone(session: AnySession) -> None:
     lengths = [(5, 1, 2), (1, 3, 0), (7, 0, 4), (2, 2, 2)]
     rows = [(ids_for(sum(parts), seed=n), scalings_for(sum(parts), seed=n)) for n, parts in enumerate(lengths)]
     want = [reference(SHAPE, tiny_weights(SHAPE), ids, scale)[0] for ids, scale in rows]
@@ -88,7 +118,7 @@ def test_rows_of_unequal_length_equal_each_alone(session: OrtSession) -> None:
     assert session.lengths.tolist() == [0, *[sum(parts) for parts in lengths], 0]
 
 
-def test_slots_fed_in_turn_stay_apart(session: OrtSession) -> None:
+def test_slots_fed_in_turn_stay_apart(session: AnySession) -> None:
     rows = [(ids_for(8, seed), scalings_for(8, seed)) for seed in (1, 2, 3)]
     want = [reference(SHAPE, tiny_weights(SHAPE), ids, scale)[0] for ids, scale in rows]
     session.allocate(3)
@@ -98,7 +128,7 @@ def test_slots_fed_in_turn_stay_apart(session: OrtSession) -> None:
             np.testing.assert_allclose(result.logits[0, 0], want[slot][at], atol=TOLERANCE)
 
 
-def test_growth_keeps_every_entry(session: OrtSession) -> None:
+def test_growth_keeps_every_entry(session: AnySession) -> None:
     ids, scale = ids_for(200), scalings_for(200)
     want = reference(SHAPE, tiny_weights(SHAPE), ids, scale)[0]
     session.allocate(2)
@@ -108,7 +138,8 @@ def test_growth_keeps_every_entry(session: OrtSession) -> None:
         result = feed(session, [ids[at : at + 1]], [scale[at : at + 1]])
         np.testing.assert_allclose(result.logits[0, 0], want[at], atol=TOLERANCE)
         seen.add(session.capacity)
-    assert seen == {GRAIN, 2 * GRAIN, 3 * GRAIN, 200}  # the last growth stops at max_positions
+    last = 200 if isinstance(session, OrtSession) else 208  # a GPU's caches begin at multiples of 256 bytes
+    assert seen == {GRAIN, 2 * GRAIN, 3 * GRAIN, last}  # the last growth stops at max_positions
 
 
 def test_capacity_is_whole_grains_up_to_the_positions() -> None:
@@ -138,7 +169,10 @@ def test_truncate_forgets_entries_without_copying(tmp_path: Path) -> None:
         session.truncate(1, 5)
 
 
-def test_an_append_moves_no_cache_memory(session: OrtSession) -> None:
+@pytest.mark.parametrize("style", STYLES)
+def test_an_append_moves_no_cache_memory(style: CacheStyle, tmp_path: Path) -> None:
+    shape = TinyShape(cache=style)
+    session = open_tiny(tmp_path, shape, tiny_weights(shape))
     session.allocate(1)
     feed(session, [ids_for(4)], [scalings_for(4)])
     memory = session._caches.groups[0].memory
@@ -147,7 +181,7 @@ def test_an_append_moves_no_cache_memory(session: OrtSession) -> None:
     assert session._caches.groups[0].memory is memory
 
 
-def test_results_stay_after_the_next_step(session: OrtSession) -> None:
+def test_results_stay_after_the_next_step(session: AnySession) -> None:
     session.allocate(1)
     first = feed(session, [[1]], [scalings_for(1)])
     kept = first.logits.copy()
@@ -156,7 +190,7 @@ def test_results_stay_after_the_next_step(session: OrtSession) -> None:
     assert (first.logits == kept).all()
 
 
-def test_no_logits_asked_none_computed(session: OrtSession) -> None:
+def test_no_logits_asked_none_computed(session: AnySession) -> None:
     session.allocate(1)
     rows = Rows(
         np.ones((1, 4), np.int64), np.array([4]), slice(0, 1), scalings_for(4)[None], np.empty((1, 0), np.int64)
@@ -167,7 +201,7 @@ def test_no_logits_asked_none_computed(session: OrtSession) -> None:
 
 
 @pytest.mark.parametrize("way", ["reset", "allocate"])
-def test_a_fresh_start_equals_a_fresh_session(session: OrtSession, way: str) -> None:
+def test_a_fresh_start_equals_a_fresh_session(session: AnySession, way: str) -> None:
     session.allocate(1)
     feed(session, [ids_for(70)], [scalings_for(70)])
     if way == "reset":
@@ -180,7 +214,7 @@ def test_a_fresh_start_equals_a_fresh_session(session: OrtSession, way: str) -> 
     np.testing.assert_allclose(result.logits[0], reference(SHAPE, tiny_weights(SHAPE), ids, scale)[0], atol=TOLERANCE)
 
 
-def test_too_many_positions_are_refused_before_the_step(session: OrtSession) -> None:
+def test_too_many_positions_are_refused_before_the_step(session: AnySession) -> None:
     session.allocate(2)
     feed(session, [ids_for(198), ids_for(2)], [scalings_for(198), scalings_for(2)])
     with pytest.raises(InputError, match="past the model's positions; got 201; need at most 200"):
@@ -192,7 +226,7 @@ def test_too_many_positions_are_refused_before_the_step(session: OrtSession) -> 
     assert session.lengths.tolist() == [200, 7]
 
 
-def test_nan_fails_its_rows_and_leaves_all_slots_as_they_were(session: OrtSession) -> None:
+def test_nan_fails_its_rows_and_leaves_all_slots_as_they_were(session: AnySession) -> None:
     ids, scale = ids_for(6), scalings_for(6)
     session.allocate(2)
     feed(session, [ids[:4], [1, 2]], [scale[:4], scalings_for(2)])
@@ -212,7 +246,7 @@ def test_nan_fails_its_rows_and_leaves_all_slots_as_they_were(session: OrtSessio
 
 
 @pytest.mark.parametrize("real", [0, 3])
-def test_nan_of_a_wide_step_does_not_linger_past_the_length(session: OrtSession, real: int) -> None:
+def test_nan_of_a_wide_step_does_not_linger_past_the_length(session: AnySession, real: int) -> None:
     """Masked entries still meet a product with 0, and 0 times NaN is NaN. Real or padding, it must be gone."""
     ids, scale = ids_for(6), scalings_for(6)
     session.allocate(1)
@@ -250,7 +284,7 @@ def test_a_lack_of_memory_is_the_machines_fault(text: str) -> None:
         run_engine(Engine(), None)
 
 
-def test_nan_without_logits_is_seen_in_the_gate(session: OrtSession) -> None:
+def test_nan_without_logits_is_seen_in_the_gate(session: AnySession) -> None:
     session.allocate(1)
     bad = np.full((1, 2, SHAPE.blocks, SHAPE.experts), np.inf, np.float32)
     rows = Rows(np.ones((1, 2), np.int64), np.array([2]), slice(0, 1), bad, np.empty((1, 0), np.int64))
@@ -270,7 +304,7 @@ def test_nan_without_logits_is_seen_in_the_gate(session: OrtSession) -> None:
         ({"scalings": np.zeros((1, 2, 1, 3), np.float32)}, r"got \(1, 2, 1, 3\); need \(1, 2, 2, 3\)"),
     ],
 )
-def test_rows_that_do_not_fit_are_refused(session: OrtSession, change: dict[str, object], message: str) -> None:
+def test_rows_that_do_not_fit_are_refused(session: AnySession, change: dict[str, object], message: str) -> None:
     session.allocate(3)
     good = {
         "tokens": np.ones((1, 2), np.int64),
@@ -283,9 +317,9 @@ def test_rows_that_do_not_fit_are_refused(session: OrtSession, change: dict[str,
         session.step(Rows(**(good | change)))  # type: ignore[arg-type]
 
 
-def test_a_graph_without_caches_computes_whole_sequences(tmp_path: Path) -> None:
+def test_a_graph_without_caches_computes_whole_sequences(opened: Callable[[TinyShape], AnySession]) -> None:
     shape = TinyShape(cache=CacheStyle.NONE)
-    session = open_tiny(tmp_path, shape, tiny_weights(shape))
+    session = opened(shape)
     ids, scale = ids_for(6), scalings_for(6)
     session.allocate(1)
     for count in (3, 6):
@@ -330,5 +364,67 @@ def test_cuda_is_never_replaced_by_the_cpu(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_unknown_provider(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such provider; got 'tpu'; need cpu or cuda"):
+    with pytest.raises(InputError, match="no such provider; got 'tpu'; need cpu or cuda or tensorrt or nv-"):
         OrtSession(tmp_path / "x.onnx", SHAPE.signature, SessionSettings(200, provider="tpu"))
+
+
+PROVIDERS_OF = {
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "nv-tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+}
+
+
+@pytest.mark.parametrize("provider", PROVIDERS_OF)
+def test_every_provider_is_asked_for_by_its_name(
+    provider: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime as ort
+
+    path = save_tiny(tmp_path, SHAPE, tiny_weights(SHAPE))
+    with pytest.raises(MachineError, match=f"has no {PROVIDERS_OF[provider]}"):
+        OrtSession(path, SHAPE.signature, SessionSettings(200, provider=provider))
+    real, asked = ort.InferenceSession, []
+
+    def spy(graph: str, options: Any, providers: list[str], **rest: Any) -> Any:
+        asked.append(providers)
+        assert options.get_session_config_entry("session.record_ep_graph_assignment_info") == "1"
+        return real(graph, options, providers=["CPUExecutionProvider"], **rest)
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [*PROVIDERS_OF.values(), "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", spy)
+    with pytest.raises(MachineError, match=f"{PROVIDERS_OF[provider]} did not start; got CPUExecutionProvider"):
+        OrtSession(path, SHAPE.signature, SessionSettings(200, provider=provider))
+    assert asked[0][0] == PROVIDERS_OF[provider]
+    assert asked[0][-1] == "CPUExecutionProvider"
+
+
+def test_where_the_nodes_really_ran_is_shown_and_nowhere_is_refused() -> None:
+    def engine(**counts: int) -> Any:
+        parts = [
+            SimpleNamespace(ep_name=f"{name}ExecutionProvider", get_nodes=lambda count=count: [None] * count)
+            for name, count in counts.items()
+        ]
+        return SimpleNamespace(get_provider_graph_assignment_info=lambda: parts)
+
+    shown = what_runs(engine(CPU=3, CUDA=99), "cuda")
+    assert shown == "cuda (3 nodes on CPUExecutionProvider, 99 nodes on CUDAExecutionProvider)"
+    with pytest.raises(MachineError, match="CUDAExecutionProvider took no node of the graph; got 3 nodes on CPU"):
+        what_runs(engine(CPU=3), "cuda")
+    assert what_runs(engine(CPU=3), "cpu") == "cpu"
+    assert what_runs(SimpleNamespace(), "cuda") == "cuda"
+
+
+def test_onnx_runtime_tells_who_took_the_nodes(tmp_path: Path) -> None:
+    """The real call behind `what_runs`; older versions have none."""
+    import onnxruntime as ort
+
+    if not hasattr(ort.InferenceSession, "get_provider_graph_assignment_info"):
+        pytest.skip("this onnxruntime does not tell")
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    path = save_tiny(tmp_path, SHAPE, tiny_weights(SHAPE))
+    engine = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    parts = engine.get_provider_graph_assignment_info()
+    assert {part.ep_name for part in parts} == {"CPUExecutionProvider"}
+    assert sum(len(part.get_nodes()) for part in parts) > 10
