@@ -12,6 +12,8 @@ VERSION = "1"  # TensorRT's plugin version
 GATE_SCALINGS = "GateScalings"  # logits [..., E] -> scalings [..., E], row by row
 GATED_LOW_RANK = "GatedLowRank"  # base [..., out], x [..., in], a [R, in], b [R, out], factors [..., R] -> y [..., out]
 
+OPERATORS = (GATE_SCALINGS, GATED_LOW_RANK)
+
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_EXPERTS = 64
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from plugins.driver import Kernels, installed_kernels
 from plugins.launches import Launch, gate_launches, low_rank_launches, workspace_bytes
-from plugins.operators import DOMAIN, GATE_SCALINGS, GATED_LOW_RANK, VERSION, GateRules
+from plugins.operators import DOMAIN, GATE_SCALINGS, GATED_LOW_RANK, OPERATORS, VERSION, GateRules
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def register(trt: Any, kernels: Callable[[], Kernels] = installed_kernels) -> No
 def unregister(trt: Any) -> None:
     """Forget both."""
     registry = trt.get_plugin_registry()
-    for name in (GATE_SCALINGS, GATED_LOW_RANK):
+    for name in OPERATORS:
         if (creator := registry.get_creator(name, VERSION, DOMAIN)) is not None:
             registry.deregister_creator(creator)
 

@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
+from plugins.operators import OPERATORS
 from runtime.bundle import Bundle
 from runtime.errors import InputError, MachineError, UserError
 from runtime.manifest import MANIFEST_NAME, Digest, ListedFile, Listing, RelativePath, Strict
@@ -131,6 +132,8 @@ def contradictions(manifest: EngineManifest) -> Iterator[tuple[str, str]]:
     if any(not _CAPABILITY.fullmatch(text) for text in manifest.compute_capabilities):
         yield "compute_capabilities", "are written like 8.6"
     for plan in manifest.plans:
+        if unknown := sorted(set(plan.plugins) - set(OPERATORS)):
+            yield f"plans.{plan.graph}.plugins", f"names {', '.join(unknown)}; this version has {', '.join(OPERATORS)}"
         if not plan.profiles or any(not {"B", "S", "K"} <= profile.ranges.keys() for profile in plan.profiles):
             yield f"plans.{plan.graph}", "needs profiles with ranges for B, S and K at least"
         for profile in plan.profiles:

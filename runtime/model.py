@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
+from plugins.tensorrt_plugins import register
 from runtime.backends import open_session
 from runtime.backends.trt import TrtSession
 from runtime.bundle import Bundle, open_bundle
@@ -71,12 +71,10 @@ def load(
     graph: str | None = None,
     provider: str = "cpu",
     threads: int | None = None,
-    register: Callable[[Any], None] | None = None,
 ) -> Model:
     """Open a bundle for generation. `graph` is a graph's name or mode; without it the dynamic one is taken.
 
     `backend`: ort, or trt and trt-rtx with an engine that lies beside the bundle and fits this machine.
-    `register` is told the TensorRT module before an engine is deserialised, to register plugins.
     """
     if threads is not None and threads < 1:
         raise InputError("threads", got=str(threads), need="at least 1")
@@ -86,24 +84,19 @@ def load(
     tokenizer = bundle.manifest.tokenizer
     text = Text(bundle.file(tokenizer.path)) if tokenizer else None
     if backend in tuple(Target):
-        return Model(bundle.manifest, info, engine_session(bundle, info, Target(backend), settings, register), text)
+        return Model(bundle.manifest, info, engine_session(bundle, info, Target(backend), settings), text)
     session = open_session(backend, bundle.file(info.path), info.signature, settings)
     return Model(bundle.manifest, info, session, text)
 
 
-def engine_session(
-    bundle: Bundle,
-    graph: GraphInfo,
-    target: Target,
-    settings: SessionSettings,
-    register: Callable[[Any], None] | None = None,
-) -> Session:
+def engine_session(bundle: Bundle, graph: GraphInfo, target: Target, settings: SessionSettings) -> Session:
     """Package, driver, fingerprint, digest: only then does TensorRT see the engine."""
     if settings.provider != "cpu":
         raise InputError("providers are ONNX Runtime's", got=settings.provider, fix=f"leave it out with {target}")
     trt = load_tensorrt(target)
     engines, plan = fitting_engine(bundle, graph.name, this_machine(target, trt))
-    return TrtSession(engines.read(plan.path), graph.signature, settings, plan.profiles, target, register)
+    plugins = register if plan.plugins else None
+    return TrtSession(engines.read(plan.path), graph.signature, settings, plan.profiles, target, plugins)
 
 
 def pick_graph(bundle: Bundle, wanted: str | None) -> GraphInfo:

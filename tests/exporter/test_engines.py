@@ -18,17 +18,22 @@ import pytest
 from onnx import TensorProto, helper
 
 import exporter.build_bundle
+import exporter.engines.build
+import exporter.engines.plan
+import exporter.engines.tensorrt
 from exporter import build
 from exporter.cli import main
 from exporter.engines import EngineSpec, build_engines
 from exporter.engines import tensorrt as ours
 from exporter.engines.spec import profiles_of, shapes_of
+from exporter.engines.timing_cache import read_timings, write_timings
 from exporter.errors import ExportError
 from exporter.spec import AdapterSource, BuildSpec, DType
 from exporter.watch import StageClock, StageEvent
 from runtime.bundle import Bundle, open_bundle
 from runtime.engines import Machine, Target, engine_folders, misfits, open_engines, require_fit
 from runtime.errors import InputError, MachineError
+from runtime.gpu import Gpu
 from runtime.inspect import render
 from runtime.manifest import Emit, VerifyLevel
 from runtime.signature import SignatureShape, signature_from_shape
@@ -343,3 +348,87 @@ def test_the_demo_checkpoint_becomes_an_engine(tmp_path: Path) -> None:
     assert engines.manifest.compute_capabilities == ()
     assert not misfits(engines.manifest, bundle, machine(compute_capability="12.1"))
     assert "here it is 7.5" in " ".join(misfits(engines.manifest, bundle, machine(compute_capability="7.5")))
+
+
+class FullTensorrt:
+    """TensorRT for RTX under the other package's name: the same API, so that `--target trt` builds for real."""
+
+    __version__ = "10.3.0"
+
+    def __init__(self) -> None:
+        import tensorrt_rtx
+
+        self._module = tensorrt_rtx
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    gpu = Gpu("Orin", "8.7", "12.6")
+    monkeypatch.setitem(sys.modules, "tensorrt", FullTensorrt())  # type: ignore[arg-type]
+    monkeypatch.setattr(exporter.engines.tensorrt, "has_driver", lambda: True)
+    monkeypatch.setattr(exporter.engines.build, "this_gpu", lambda: gpu)
+    return gpu
+
+
+def test_an_engine_of_tensorrt_is_of_this_gpu_and_driver(bundle: Bundle, device: Gpu, tmp_path: Path) -> None:
+    copy = copied(bundle, tmp_path)
+    spec = replace(RTX, target=Target.TRT, compute_capabilities=())
+    manifest = build_engines(copy, spec).manifest
+    assert (manifest.device, manifest.driver, manifest.compute_capabilities) == ("Orin", "12.6", ("8.7",))
+    assert manifest.version == "10.3.0"
+    here = Machine(Target.TRT, "10.3.0", manifest.platform, "8.7", "Orin", "12.6")
+    assert not misfits(manifest, copy, here)
+    [other] = misfits(manifest, copy, replace(here, driver="13.0"))
+    assert other == "driver's CUDA: the engine's is 12.6, here it is 13.0"
+
+
+class TimedConfig:
+    """A builder config that keeps timings, as TensorRT's own does; RTX's keeps none."""
+
+    def __init__(self, knows: bytes) -> None:
+        self.knows = knows
+        self.timings = b""
+
+    def create_timing_cache(self, data: bytes) -> bytes:
+        return data
+
+    def set_timing_cache(self, data: bytes, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        self.timings = data
+        return data in (b"", self.knows)
+
+    def get_timing_cache(self) -> Any:
+        return SimpleNamespace(serialize=lambda: self.timings + b"+")
+
+
+def test_timings_are_kept_for_this_device_only(tmp_path: Path) -> None:
+    path = tmp_path / "cache" / "timings.bin"
+    mine = TimedConfig(b"+")
+    read_timings(mine, path)
+    write_timings(mine, path)
+    assert path.read_bytes() == b"+"
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    read_timings(mine, path)
+    write_timings(mine, path)
+    assert path.read_bytes() == b"++"
+    other = TimedConfig(b"another GPU's")
+    read_timings(other, path)
+    assert other.timings == b"", "begun afresh"
+    write_timings(other, path)
+    assert [entry.name for entry in path.parent.iterdir()] == ["timings.bin"]
+
+
+def test_an_engine_build_keeps_timings_where_it_is_told(
+    bundle: Bundle, device: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, Path]] = []
+    monkeypatch.setattr(exporter.engines.plan, "read_timings", lambda config, path: calls.append(("read", path)))
+    monkeypatch.setattr(exporter.engines.plan, "write_timings", lambda config, path: calls.append(("write", path)))
+    copy, path = copied(bundle, tmp_path), tmp_path / "timings.bin"
+    build_engines(copy, replace(RTX, timing_cache=path))
+    assert calls == [], "TensorRT for RTX measures nothing when it builds"
+    build_engines(copy, replace(RTX, target=Target.TRT, compute_capabilities=(), timing_cache=path))
+    assert calls == [("read", path), ("write", path)]

@@ -298,6 +298,7 @@ def write_engines(
     graphs: Mapping[str, tuple[str, str]],
     profiles: Sequence[ProfileInfo] | None = None,
     name: str = "trt-0123456789abcdef",
+    plugins: tuple[str, ...] = (),
     **other: Any,
 ) -> Path:
     """A sealed engine folder for graphs by name, each with its ONNX file and that file's digest."""
@@ -309,7 +310,9 @@ def write_engines(
         data = plan_bytes((bundle / onnx).read_bytes(), profiles)
         path = f"{graph}.plan"
         (root / path).write_bytes(data)
-        plans.append(PlanInfo(graph=graph, onnx_sha256=onnx_digest, path=path, profiles=tuple(profiles)))
+        plans.append(
+            PlanInfo(graph=graph, onnx_sha256=onnx_digest, path=path, profiles=tuple(profiles), plugins=plugins)
+        )
         sha256 = hashlib.sha256(data).hexdigest()
         files.append(PlanFile(kind="plan", path=path, size=len(data), sha256=sha256))
     fields: dict[str, Any] = {

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+import runtime.model
 import runtime.tensorrt
+from plugins.operators import OPERATORS
 from runtime import GenerateOptions, complete, load
 from runtime.bundle import open_bundle
 from runtime.cli import main
@@ -56,6 +58,25 @@ def test_engines_that_write_their_caches_themselves_do_too(tmp_path: Path, trt: 
     path = tiny_bundle(tmp_path / "tiny", dataclasses.replace(BYTE_SHAPE, cache=CacheStyle.ALIAS), end=())
     engines_for(path, profiles_for(wanted=1))
     assert tokens(path, backend="trt") == tokens(path)
+
+
+def test_plugins_of_a_plan_are_registered_before_it_is_read(
+    tmp_path: Path, trt: FakeTensorrt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[FakeTensorrt, int]] = []
+    monkeypatch.setattr(runtime.model, "register", lambda module: seen.append((module, module.deserialised)))
+    path = tiny_bundle(tmp_path / "tiny", end=())
+    engines_for(path, SMALL)
+    load(path, backend="trt").close()
+    assert seen == []
+    shutil.rmtree(engines_root(path))
+    engines_for(path, SMALL, plugins=OPERATORS)
+    load(path, backend="trt").close()
+    assert seen == [(trt, 1)], "after the first engine, before the second"
+    shutil.rmtree(engines_root(path))
+    engines_for(path, SMALL, plugins=("SomebodysOwn",))
+    with pytest.raises(MachineError, match=r"names SomebodysOwn; this version has GateScalings, GatedLowRank"):
+        load(path, backend="trt")
 
 
 def test_a_static_graph_without_gate_or_scalings(built: Path, trt: FakeTensorrt) -> None:
