@@ -86,7 +86,8 @@ def test_arguments_are_passed_in_the_kernels_order_with_two_null_pointers() -> N
 
 def test_the_real_binding_takes_what_we_pass() -> None:
     """Without a GPU it says no to the launch, but only after it has read the arguments."""
-    driver = pytest.importorskip("cuda.bindings.driver")
+    from cuda.bindings import driver
+
     for launch in (*gate_launches((10, 5), "float32", RULES), *low_rank_launches((3, 64), 8, 32, "float32")):
         recording = ListeningDriver("8.6")
         names = dict.fromkeys(("logits", "scalings", "x", "a", "factors", "hidden", "base", "b", "y"), 4096)
