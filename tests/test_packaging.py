@@ -69,9 +69,11 @@ def test_no_module_of_the_runtime_loads_an_engine_or_anything_of_the_export_side
         "exporter inspect",
         "exporter build",
         "exporter verify",
+        "exporter record",
         "runtime",
         "runtime inspect",
         "runtime generate",
+        "runtime compare",
     ],
 )
 def test_help_comes_from_any_folder_without_heavy_imports(command: str, tmp_path: Path) -> None:
