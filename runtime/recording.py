@@ -181,14 +181,14 @@ def _require_plain(archive: zipfile.ZipFile) -> None:
 def _recording(data: Any, path: Path) -> Recording:
     if "header" not in data.files:
         raise ValueError("no header")
-    header = RecordingHeader.model_validate_json(data["header"].tobytes())
+    header = RecordingHeader.model_validate_json(np.asarray(data["header"]).tobytes())
     if problem := _contradiction(header):
         raise ValueError(problem)
     parts = list(_parts(header))
     wanted, found = {"header", *(name for name, _, _ in parts)}, set(data.files)
     if wanted != found:
         raise ValueError(f"arrays {', '.join(sorted(wanted ^ found)[:5])} are missing or not known")
-    arrays = {part: _checked(data[name], name, shape) for name, part, shape in parts}
+    arrays = {part: _checked(np.asarray(data[name]), name, shape) for name, part, shape in parts}
     return Recording(
         header,
         tuple(
