@@ -143,7 +143,9 @@ def test_documents_name_only_files_that_exist(document: Path) -> None:
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
-@pytest.mark.parametrize("script", ["scripts/setup", "scripts/test", "scripts/check", "scripts/demo", ".ci/run"])
+@pytest.mark.parametrize(
+    "script", ["scripts/setup", "scripts/test", "scripts/check", "scripts/demo", "scripts/gpu_check", ".ci/run"]
+)
 def test_scripts_can_be_called(script: str) -> None:
     assert os.access(ROOT / script, os.X_OK)
     assert subprocess.run(["bash", "-n", ROOT / script], check=False).returncode == 0
