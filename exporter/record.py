@@ -89,10 +89,10 @@ def record_parts(
 
 
 def extent_for(verification: Verification, cases: int) -> Extent:
-    """As many prompts as fit into MAX_BYTES, at most MOST_PROMPTS; never fewer than FEW."""
+    """As many prompts as fit into MAX_BYTES, at most MOST_PROMPTS; never fewer than FEW, and all of the user's."""
     new_tokens = min(NEW_TOKENS, verification.max_positions // 2)
     fitting = MAX_BYTES // (4 * verification.vocab_size * (PROBES + new_tokens))
-    prompts = min(max(fitting - FEW * (cases - 1), FEW), MOST_PROMPTS)
+    prompts = max(min(max(fitting - FEW * (cases - 1), FEW), MOST_PROMPTS), len(verification.spec.prompts))
     return Extent(prompts, min(LONGEST, verification.max_positions - new_tokens), new_tokens)
 
 

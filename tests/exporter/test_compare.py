@@ -29,8 +29,8 @@ from runtime.manifest import Emit, GraphInfo, Mode
 from runtime.recording import Recording, load_recording, require_same_model, save_recording
 from runtime.replay import Answer
 from runtime.session import Session, SessionSettings
-from tests.exporter.mutations import copy_of, edit_weight
-from tests.exporter.test_mutants import EXPERTS, MUTANTS, Subject
+from tests.exporter.mutations import copy_of, edit_graph, edit_weight
+from tests.exporter.test_mutants import DECODE_MUTANTS, EXPERTS, MUTANTS, Subject
 from tests.exporter.tiny_builds import Built, prompt, reference_of
 
 FEW = Extent(prompts=4, longest=24, new_tokens=64)
@@ -154,6 +154,16 @@ def test_a_wrong_scaling_pass_is_caught_in_every_dtype(subject: Subject, recordi
     assert all("kld_mean" in measures for measures in caught.values()), caught
 
 
+@pytest.mark.parametrize("mutant", DECODE_MUTANTS)
+def test_a_bug_of_decoding_alone_is_caught(mutant: str, subject: Subject, recordings: Recorded, tmp_path: Path) -> None:
+    folder = copy_of(subject.root, tmp_path)
+    edit_graph(folder, DECODE_MUTANTS[mutant])
+    answers = answered(folder, subject.graph, recordings.float32)
+    assert all("kld_mean" in measures for measures in caught_in(recordings, answers).values())
+    [logits] = [check for check in judge(recordings.float32, answers, is_cpu=True).checks if check.name == "logits"]
+    assert "decode step" in logits.where
+
+
 def test_right_answers_are_caught_in_no_dtype(subject: Subject, recordings: Recorded) -> None:
     assert not any(caught_in(recordings, answered(subject.root, subject.graph, recordings.float32)).values())
 
@@ -213,3 +223,5 @@ def test_large_vocabularies_record_fewer_prompts(built: Built) -> None:
     assert extent_for(verification, 3).prompts == 16
     assert extent_for(replace(verification, vocab_size=151_936), 3).prompts == 4
     assert extent_for(replace(verification, max_positions=60), 3).new_tokens == 30
+    asked = replace(verification, spec=BuildSpec(prompts=("text",) * 20))
+    assert extent_for(asked, 3).prompts == 20, "all of the user's"
