@@ -185,6 +185,8 @@ def told(run: Callable[..., Section], name: str, *words: object) -> Section:
         return run(name, *words)
     except MachineError as error:
         return Section(name, Status.NOT_RUN, str(error))
+    except ModuleNotFoundError as error:
+        return Section(name, Status.NOT_RUN, f"not installed: {error.name}")
     except UserError as error:
         return Section(name, Status.FAILED, str(error))
     except Exception as error:  # noqa: BLE001 - whatever it was, the other sections go on

@@ -129,13 +129,13 @@ def on(monkeypatch: pytest.MonkeyPatch, gpu: Gpu | None, *targets: Target) -> No
 
 
 def test_what_runs_where(monkeypatch: pytest.MonkeyPatch) -> None:
-    card, server = Gpu("RTX 4090", "8.9"), Gpu("H200", "9.0")
+    card, server = Gpu("RTX 4090", "8.9"), Gpu("H100", "9.0")
     on(monkeypatch, None, Target.TRT_RTX)
     assert why_not() == "no GPU: no NVIDIA driver answers on this machine"
     on(monkeypatch, card)
     assert why_not() == "RTX 4090, but no TensorRT is installed (tensorrt or tensorrt_rtx)"
     on(monkeypatch, server, Target.TRT_RTX)
-    assert why_not() == "TensorRT for RTX does not list H200 (compute capability 9.0)"
+    assert why_not() == "TensorRT for RTX does not list H100 (compute capability 9.0)"
     on(monkeypatch, server, Target.TRT, Target.TRT_RTX)
     assert why_not() is None
     assert scripts.gpu_machine.usable_target() is Target.TRT
@@ -151,6 +151,10 @@ def right(name: str) -> Section:
 
 def lacking(name: str) -> Section:
     raise MachineError("CUDAExecutionProvider did not start")
+
+
+def bare(name: str) -> Section:
+    raise ModuleNotFoundError("No module named 'cuda'", name="cuda")
 
 
 def numeric(name: str) -> Section:
@@ -170,6 +174,7 @@ def dying(name: str) -> Section:
     [
         (right, Status.OK, ""),
         (lacking, Status.NOT_RUN, "CUDAExecutionProvider did not start"),
+        (bare, Status.NOT_RUN, "not installed: cuda"),
         (numeric, Status.FAILED, "logits is not finite for row 1"),
         (broken, Status.FAILED, "ZeroDivisionError: oops"),
         (dying, Status.FAILED, "the process died"),
@@ -182,7 +187,7 @@ def test_a_section_never_stops_the_others(run: object, status: Status, why: str)
 
 
 REPORT = Report(
-    {"GPU": "H200", "compute capability": "9.0"},
+    {"GPU": "H100", "compute capability": "9.0"},
     [
         Section(
             "trt-rtx demo", Status.NOT_RUN, "TensorRT for RTX does not list compute capability 9.0; tried: error 9"
@@ -195,7 +200,7 @@ REPORT = Report(
 
 def test_the_report_says_what_did_not_run_and_why(tmp_path: Path) -> None:
     page = render(REPORT)
-    assert "- GPU: H200\n" in page
+    assert "- GPU: H100\n" in page
     assert "| trt-rtx demo | not run | TensorRT for RTX does not list 9.0; tried: error 9 |" in page
     assert "| decode ms a token | by |\n|---|---|\n| 0.1235 | a\\|b |\n| 2 |  |" in page
     assert "## compare\n\n```\nstage B: fine\n```" in page
