@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +17,7 @@ from runtime.engines import Target
 from runtime.errors import InputError, MachineError, NumericError
 from scripts.gpu_check import ROOT, attempt, main
 from scripts.gpu_kit import LIBRARIES, MANIFEST, RTX_LIBRARY, SITE, kit_digest, pack, pinned, read_pins, unpack
-from scripts.gpu_machine import Gpu, capabilities, why_not
+from scripts.gpu_machine import capabilities, why_not
 from scripts.gpu_report import Report, Section, Status, render, write_report
 
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -123,13 +124,14 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def on(monkeypatch: pytest.MonkeyPatch, gpu: Gpu | None, *targets: Target) -> None:
+def on(monkeypatch: pytest.MonkeyPatch, gpu: SimpleNamespace | None, *targets: Target) -> None:
     monkeypatch.setattr(scripts.gpu_machine, "gpu", lambda: gpu)
     monkeypatch.setattr(scripts.gpu_machine, "find_spec", lambda name: name in [target.module for target in targets])
 
 
 def test_what_runs_where(monkeypatch: pytest.MonkeyPatch) -> None:
-    card, server = Gpu("RTX 4090", "8.9"), Gpu("H100", "9.0")
+    card = SimpleNamespace(name="RTX 4090", compute_capability="8.9")
+    server = SimpleNamespace(name="H100", compute_capability="9.0")
     on(monkeypatch, None, Target.TRT_RTX)
     assert why_not() == "no GPU: no NVIDIA driver answers on this machine"
     on(monkeypatch, card)
@@ -189,9 +191,7 @@ def test_a_section_never_stops_the_others(run: object, status: Status, why: str)
 REPORT = Report(
     {"GPU": "H100", "compute capability": "9.0"},
     [
-        Section(
-            "trt-rtx demo", Status.NOT_RUN, "TensorRT for RTX does not list compute capability 9.0; tried: error 9"
-        ),
+        Section("trt-rtx demo", Status.NOT_RUN, "TensorRT for RTX does not list 9.0; tried: error 9"),
         Section("timing", Status.OK, rows=({"decode ms a token": 0.123456, "by": "a|b"}, {"decode ms a token": 2.0})),
         Section("compare", Status.OK, text="stage B: fine\n"),
     ],
