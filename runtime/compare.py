@@ -150,7 +150,8 @@ class Measures:
             limit = min(limit, self._limits.most_kld)
         place = places[int(divergences.argmax())]
         self._mean.see(float(divergences.mean()), place, limit)
-        self._p99.see(float(np.quantile(divergences, 0.99, method="higher")), place, P99_FACTOR * limit)
+        p99 = float(np.quantile(divergences, 0.99, method="higher"))
+        self._p99.see(p99, place, max(P99_FACTOR * limit, KLD_FACTOR * noise.kld_p99))
 
     def _see_gate(
         self, case: RecordedCase, texts: Sequence[GivenText], wanted: Sequence[Answer], got: Sequence[Answer]

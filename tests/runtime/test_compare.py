@@ -86,6 +86,8 @@ def test_fp16_is_judged_by_pytorchs_own_noise() -> None:
     assert "kld_mean" in red(judged(coarse, more)), "no noise excuses more than 1e-5"
     assert judged(coarse, more, accept_noise=True).passed
     assert "--accept-noise" in render(judged(coarse, more))
+    tail = recording("float16", RecordedNoise(kld_mean=2e-6, kld_p99=1e-3))
+    assert judged(tail, some).checks[2].limit == pytest.approx(3e-3), "PyTorch's own tail"
     assert "--accept-noise" not in render(judged(noisy, some))
 
 
