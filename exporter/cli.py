@@ -1,4 +1,4 @@
-"""The command line: `inspect` a checkpoint, `build` and `verify` a bundle. Heavy imports wait until they are needed."""
+"""The command line: `inspect` a checkpoint, `build`, `verify` and `record` a bundle. Heavy imports wait."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     args.arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.ERROR if args.quiet else logging.WARNING, format="%(message)s")
-    commands = {"inspect": inspect, "build": build, "engine": engine, "verify": verify}
+    commands = {"inspect": inspect, "build": build, "engine": engine, "verify": verify, "record": record}
     return run_command(
         lambda: commands[args.command](args),
         packages=".[export,cpu]",
@@ -66,6 +66,15 @@ def parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--threads", type=int, metavar="N")
     _add_quiet(check)
+    record = commands.add_parser("record", help="write what PyTorch answers, for `python -m runtime compare`")
+    record.add_argument("bundle", type=Path, metavar="BUNDLE")
+    _add_sources(record)
+    record.add_argument("--graph", metavar="NAME", help="a graph's name or mode (default: the dynamic one)")
+    record.add_argument(
+        "--prompt", dest="prompts", action="append", default=[], metavar="TEXT", help="record these texts"
+    )
+    record.add_argument("--out", type=Path, required=True, metavar="FILE.npz")
+    _add_quiet(record)
     return top
 
 
@@ -266,6 +275,31 @@ def verify(args: argparse.Namespace) -> int:
     for result in results:
         print(f"graph {result.graph} against its {result.against}:")
         print("\n".join(_check_line(check) for check in result.checks))
+    return 0
+
+
+def record(args: argparse.Namespace) -> int:
+    """Record one graph's reference."""
+    from exporter.progress import shown_stages, size_text
+    from runtime.bundle import open_bundle
+    from runtime.model import pick_graph
+    from runtime.recording import save_recording
+
+    if not args.out.parent.is_dir():  # minutes before it is needed
+        raise InputError("no such folder", where="--out", got=str(args.out.parent))
+    bundle = open_bundle(args.bundle)
+    sources = BuildSpec(tuple(args.adapters), args.base, args.gate, prompts=tuple(args.prompts))
+    graph = pick_graph(bundle, args.graph)
+    with shown_stages(quiet=args.quiet) as clock:
+        from exporter.record import record as record_graph
+
+        _silence_transformers()
+        recording = record_graph(bundle, sources, graph, clock)
+        save_recording(recording, args.out)
+    if not args.quiet:
+        cases = ", ".join(f"{case.name} ({len(case.texts)} texts)" for case in recording.header.cases)
+        print(f"graph {graph.name}: {cases}; {recording.positions} positions, {size_text(args.out.stat().st_size)}")
+    print(args.out)
     return 0
 
 

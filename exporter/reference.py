@@ -95,6 +95,7 @@ class Reference:
             dummy = torch.full((len(self.experts),), self.gate.scaling_pass_value)
             scalings.value = _layer_rules(self._filled(dummy, len(tokens)), self.gate)
             hidden = self._forward(tokens)[1]
+            hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # a gate is never rounded
             raw = _classify(hidden, self.gate, len(self.experts))  # [1, T, G, E]
             shown = _layer_rules(raw, self.gate)
             scalings.value = shown.expand(-1, -1, len(self.sites), -1)

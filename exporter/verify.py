@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from exporter.errors import VerifyError
 from exporter.reference import ReferenceResult
 from runtime.manifest import Check, VerifyLevel, VerifyReport
+from runtime.measures import Worst
 from runtime.replay import Replay, replay
 from runtime.session import Session
 
@@ -53,21 +54,6 @@ class Scenario:
     reference: Callable[[Sequence[int]], ReferenceResult]
     base: Callable[[Sequence[int]], ReferenceResult]
     precise: Callable[[Sequence[int]], ReferenceResult] | None = None  # with fp64 products; None: too large a model
-
-
-@dataclass(slots=True)
-class Worst:
-    """The value of one measure that lies highest against its limit, and where it was met."""
-
-    limit: float
-    value: float = 0.0
-    where: str = ""
-
-    def see(self, value: float, where: str, limit: float) -> None:
-        """Keep the worse; NaN counts as infinite. Only noise raises a limit."""
-        value = float("inf") if np.isnan(value) else float(value)
-        if value * self.limit > self.value * limit or (limit == 0 and value > self.value):
-            self.value, self.where, self.limit = value, where, limit
 
 
 @dataclass(slots=True)
@@ -256,10 +242,7 @@ def report_from_measures(measures: Measures, graph: str, level: VerifyLevel, sta
         ("argmax_flips", measures.flips),
         ("greedy_tokens", measures.tokens),
     ]
-    checks = tuple(
-        Check(name=name, value=_finite(w.value), limit=w.limit, passed=w.value <= w.limit, where=w.where)
-        for name, w in rows
-    )
+    checks = tuple(worst.check(name) for name, worst in rows)
     return VerifyReport(
         graph=graph,
         level=level,
@@ -287,7 +270,3 @@ def require_passed(report: VerifyReport) -> None:
 
 def _shown(check: Check) -> str:
     return f"{check.name} {check.value:.3g} > {check.limit:g} ({check.where})"
-
-
-def _finite(value: float) -> float:
-    return float(min(value, np.finfo(np.float64).max))  # JSON has no infinity

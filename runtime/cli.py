@@ -1,4 +1,4 @@
-"""The command line: `inspect` shows a bundle, `generate` runs it. Heavy imports wait until a command needs them."""
+"""The command line: `inspect` and `generate`, and `compare` with a recording. Heavy imports wait."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # any model text prints in any locale
-    commands = {"inspect": inspect, "generate": generate}
+    commands = {"inspect": inspect, "generate": generate, "compare": compare}
     return run_command(
         lambda: commands[args.command](args), packages=".[cpu]", memory="shorter prompts or a smaller --batch-size"
     )
@@ -40,7 +40,24 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("bundle", metavar="BUNDLE", type=Path)
     show.add_argument("--json", action="store_true", help="print the manifest as JSON")
     _add_generate(commands.add_parser("generate", help="generate text; greedy unless a temperature is given"))
+    _add_compare(commands.add_parser("compare", help="is what runs here still the model? against a recording"))
     return top
+
+
+def _add_compare(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("bundle", metavar="BUNDLE", type=Path)
+    add("recording", metavar="FILE.npz", type=Path, help="what `python -m exporter record` wrote")
+    add("--graph", metavar="NAME", help="a graph's name or mode (default: one of the recording's mode)")
+    add("--backend", default="ort", choices=("ort", "trt", "trt-rtx"), help="default ort")
+    add("--provider", default="cpu", choices=("cpu", "cuda"), help="of ONNX Runtime")
+    add("--batch-size", type=int, default=4, metavar="N", help="texts that run together (default 4)")
+    add(
+        "--accept-noise",
+        action="store_true",
+        help="let PyTorch's own noise in this dtype set the limits, however large",
+    )
+    add("--threads", type=int, metavar="N")
 
 
 def _add_generate(command: argparse.ArgumentParser) -> None:
@@ -77,6 +94,23 @@ def inspect(args: argparse.Namespace) -> int:
     bundle = open_bundle(args.bundle)
     print(render_json(bundle) if args.json else render(bundle), end="")
     return 0
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Print every measure; 2 unless all pass."""
+    from runtime.compare import compare as compare_session
+    from runtime.compare import render
+    from runtime.model import load
+    from runtime.recording import load_recording, require_same_model
+
+    recording = load_recording(args.recording)
+    graph = args.graph or recording.header.mode
+    with load(args.bundle, backend=args.backend, graph=graph, provider=args.provider, threads=args.threads) as model:
+        require_same_model(recording, model.manifest, model.graph)
+        print(f"graph {model.graph.name} ({model.graph.emit}, {model.manifest.base.dtype}) on {model.session.provider}")
+        found = compare_session(model.session, recording, batch=args.batch_size, accept_noise=args.accept_noise)
+    print(render(found))
+    return 0 if found.passed else InputError.exit_code
 
 
 def generate(args: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
@@ -12,6 +11,7 @@ from pydantic import Field
 
 from runtime.errors import InputError
 from runtime.manifest import Check, Strict
+from runtime.measures import Worst, logsumexp
 from runtime.replay import Replay, replay
 from runtime.session import Session
 
@@ -79,30 +79,14 @@ def case_from_replay(
         tokens=run.tokens[run.prompt :],
         top_ids=tuple(tuple(ids) for ids in order.tolist()),
         top_logits=_rows(np.take_along_axis(run.logits, order, axis=-1)),
-        logsumexp=tuple(_logsumexp(run.logits).tolist()),
+        logsumexp=tuple(logsumexp(run.logits).tolist()),
         gate=None if gate is None else _rows(gate),
     )
 
 
-@dataclass(slots=True)
-class _Worst:
-    """The value of one measure that lies highest against its limit."""
-
-    name: str
-    limit: float
-    value: float = 0.0
-    where: str = ""
-
-    def see(self, value: float, limit: float, where: str) -> None:
-        if value * self.limit > self.value * limit:
-            self.value, self.limit, self.where = value, limit, where
-
-
 def replay_golden(session: Session, cases: Sequence[GoldenCase], dtype: str) -> tuple[Check, ...]:
     """Run the cases of one graph again and compare: tokens equal, logits and gate within each case's limits."""
-    logits = _Worst("golden_logits", LOGITS_LIMIT[dtype])
-    gate = _Worst("golden_gate", GATE_LIMIT[dtype])
-    tokens = _Worst("golden_tokens", 0.0)
+    logits, gate, tokens = Worst(LOGITS_LIMIT[dtype]), Worst(GATE_LIMIT[dtype]), Worst(0.0)
     for number, case in enumerate(cases):
         row = None if case.row is None else np.array(case.row, np.float32)
         [run] = replay(
@@ -114,14 +98,11 @@ def replay_golden(session: Session, cases: Sequence[GoldenCase], dtype: str) -> 
                 tokens.value += sum(a != b for a, b in zip(again, case.tokens, strict=True))
                 tokens.where = tokens.where or f"case {number}"
             continue
-        logits.see(_logit_difference(run, case), case.limits.logits, f"case {number}")
+        logits.see(_logit_difference(run, case), f"case {number}", case.limits.logits)
         if case.gate is not None and run.gate is not None:
             apart = np.abs(run.gate.reshape(len(run.gate), -1) - np.array(case.gate)).max()
-            gate.see(float(apart), case.limits.gate, f"case {number}")
-    return tuple(
-        Check(name=w.name, value=w.value, limit=w.limit, passed=w.value <= w.limit, where=w.where)
-        for w in (logits, gate, tokens)
-    )
+            gate.see(float(apart), f"case {number}", case.limits.gate)
+    return logits.check("golden_logits"), gate.check("golden_gate"), tokens.check("golden_tokens")
 
 
 def _is_tie(again: tuple[int, ...], case: GoldenCase) -> bool:
@@ -147,14 +128,7 @@ def _logit_difference(run: Replay, case: GoldenCase) -> float:
     reference = np.array(case.top_logits)
     at_top = (np.abs(kept - reference) / (1 + np.abs(reference))).max()
     sums = np.array(case.logsumexp)
-    return float(max(at_top, (np.abs(_logsumexp(run.logits) - sums) / (1 + np.abs(sums))).max()))
-
-
-def _logsumexp(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    wide = logits.astype(np.float64)
-    top = wide.max(axis=-1)
-    result: NDArray[np.float64] = top + np.log(np.exp(wide - top[:, None]).sum(axis=-1))
-    return result
+    return float(max(at_top, (np.abs(logsumexp(run.logits) - sums) / (1 + np.abs(sums))).max()))
 
 
 def _rows(array: NDArray[np.float32]) -> tuple[Floats, ...]:

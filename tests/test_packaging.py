@@ -69,9 +69,11 @@ def test_no_module_of_the_runtime_loads_an_engine_or_anything_of_the_export_side
         "exporter inspect",
         "exporter build",
         "exporter verify",
+        "exporter record",
         "runtime",
         "runtime inspect",
         "runtime generate",
+        "runtime compare",
     ],
 )
 def test_help_comes_from_any_folder_without_heavy_imports(command: str, tmp_path: Path) -> None:
@@ -141,7 +143,9 @@ def test_documents_name_only_files_that_exist(document: Path) -> None:
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
-@pytest.mark.parametrize("script", ["scripts/setup", "scripts/test", "scripts/check", "scripts/demo", ".ci/run"])
+@pytest.mark.parametrize(
+    "script", ["scripts/setup", "scripts/test", "scripts/check", "scripts/demo", "scripts/gpu_check", ".ci/run"]
+)
 def test_scripts_can_be_called(script: str) -> None:
     assert os.access(ROOT / script, os.X_OK)
     assert subprocess.run(["bash", "-n", ROOT / script], check=False).returncode == 0

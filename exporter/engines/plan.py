@@ -65,6 +65,9 @@ class Builder:
         config = builder.create_builder_config()
         monitor = make_monitor(self.trt, self.tell)
         config.progress_monitor = monitor
+        config.clear_flag(self.trt.BuilderFlag.TF32)  # on by default: float32 products in 10 bits are not the model's
+        if hasattr(self.trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # RTX: what allocates by itself is not captured
+            config.set_flag(self.trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         if self.spec.workspace_bytes is not None:
             config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, self.spec.workspace_bytes)
         if self.spec.compute_capabilities:

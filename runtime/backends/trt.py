@@ -110,6 +110,11 @@ class TrtSession:
         return self._slots.lengths.copy()
 
     @property
+    def stream(self) -> int:
+        """The CUDA stream that all steps run on."""
+        return self._device.stream
+
+    @property
     def capacity(self) -> int:
         """Entries a slot can hold before the caches grow."""
         return self._caches.capacity

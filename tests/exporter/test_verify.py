@@ -22,10 +22,11 @@ from exporter.reference import ReferenceResult
 from exporter.rounding import require_rounded, round_model
 from exporter.spec import BuildSpec, DType
 from exporter.store import TRANSPOSED
-from exporter.verify import Measures, Scenario, Worst, compare, report_from_measures, require_passed
+from exporter.verify import Measures, Scenario, compare, report_from_measures, require_passed
 from exporter.verify_bundle import verify_bundle
 from runtime.errors import MachineError
 from runtime.manifest import Check, Mode, VerifyLevel, VerifyReport
+from runtime.measures import Worst
 from runtime.replay import Replay
 from tests.exporter.checkpoint_makers import write_lora
 from tests.exporter.tiny_builds import Built, load, named_sources, quick, write_lively_base
