@@ -1,4 +1,4 @@
-"""The comparison keeps to what engines take: run on the fake TensorRT, whose profiles are as strict as the real one's."""
+"""The comparison keeps to what engines take: run on the fake TensorRT, whose profiles are strict."""
 
 from __future__ import annotations
 
