@@ -30,7 +30,7 @@ from exporter.model_facts import base_info, module_kinds, refuse_untraceable, si
 from exporter.op_lint import STATUS, lint, require_lintable
 from exporter.publish import publish, stage
 from exporter.reference import Reference
-from exporter.rounding import require_rounded, round_model
+from exporter.rounding import require_half_range, require_rounded, round_model
 from exporter.sites import Site, SiteKind, stack
 from exporter.spec import BuildSpec, CacheChoice, DType, OpChoice
 from exporter.static import folded_weights, mix_row, rounded_weights, untied
@@ -102,6 +102,8 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
             tokenizer = write_tokenizer(inputs.base, root)
             with clock.stage("load base"):
                 parts = load_parts(inputs, spec.gate_op)
+                if spec.dtype is DType.FLOAT16:
+                    require_half_range(parts.model)
             proof_root = root if spec.dtype is DType.FLOAT32 else root / TWIN
             with clock.stage("trace and store", root):
                 proofs = export_graphs(parts, spec, DType.FLOAT32, proof_root)

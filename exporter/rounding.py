@@ -9,8 +9,10 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from exporter.checkpoints.half_range import MAX_HALF
 from exporter.errors import ExportError, VerifyError
 from exporter.graphs import Exported
+from runtime.errors import InputError, raise_all
 
 
 def round_model(model: nn.Module, dtype: torch.dtype) -> None:
@@ -24,6 +26,23 @@ def round_model(model: nn.Module, dtype: torch.dtype) -> None:
     for name, buffer in computed.items():
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, buffer)
+
+
+def require_half_range(model: nn.Module) -> None:
+    """Refuse to round to float16 what does not fit into it; all weights at once, before minutes of tracing."""
+    largest = {name: float(weight.detach().abs().max()) for name, weight in model.named_parameters() if weight.numel()}
+    problems: list[InputError] = [
+        ExportError(
+            f"weight {name} leaves the range of float16",
+            got=f"values up to {value:.3g}",
+            need=f"at most {MAX_HALF:.0f}",
+            fix="build with --dtype bfloat16 or float32",
+            code="E_VALUE",
+        )
+        for name, value in largest.items()
+        if value > MAX_HALF
+    ]
+    raise_all("--dtype float16", problems)
 
 
 def require_rounded(proof: Exported, rounded: Exported) -> None:

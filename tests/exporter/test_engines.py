@@ -136,9 +136,9 @@ def test_a_damaged_engine_is_built_anew(bundle: Bundle) -> None:
 
 def test_other_settings_are_other_engines(bundle: Bundle) -> None:
     first = build_engines(bundle, RTX)
-    other = build_engines(bundle, replace(RTX, compute_capabilities=("8.9", "8.6"), max_batch=1))
+    other = build_engines(bundle, replace(RTX, compute_capabilities=("12.0", "8.9", "8.6", "8.0"), max_batch=1))
     assert first.root != other.root
-    assert other.manifest.compute_capabilities == ("8.6", "8.9")
+    assert other.manifest.compute_capabilities == ("8.0", "8.6", "8.9", "12.0")
     assert not misfits(other.manifest, bundle, machine(compute_capability="8.9"))
 
 

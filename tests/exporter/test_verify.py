@@ -24,11 +24,11 @@ from exporter.spec import BuildSpec, DType
 from exporter.store import TRANSPOSED
 from exporter.verify import Measures, Scenario, compare, report_from_measures, require_passed
 from exporter.verify_bundle import verify_bundle
-from runtime.errors import MachineError
+from runtime.errors import MachineError, UserError
 from runtime.manifest import Check, Mode, VerifyLevel, VerifyReport
 from runtime.measures import Worst
 from runtime.replay import Replay
-from tests.exporter.checkpoint_makers import write_lora
+from tests.exporter.checkpoint_makers import edit_tensors, write_lora
 from tests.exporter.tiny_builds import Built, load, named_sources, quick, write_lively_base
 
 VOCABULARY, PROMPT, NEW = 7, 4, 3
@@ -359,6 +359,31 @@ def test_a_weight_beyond_the_dtype_is_refused_with_a_hint() -> None:
         rounded = exported(["Add"], w=large.astype(np.float16))
     with pytest.raises(ExportError, match=r"weight w leaves the range of float16\. Fix: build with --dtype bfloat16"):
         require_rounded(exported(["Add"], w=large), rounded)
+
+
+def test_base_weights_beyond_float16_are_refused_before_tracing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them, by name; bfloat16 takes them."""
+    base = write_lively_base(tmp_path / "base")
+    names = ("model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight")
+
+    def enlarge(tensors: dict[str, torch.Tensor]) -> None:
+        for name in names:
+            tensors[name][1, 2] = 65_536.0
+
+    edit_tensors(base / "model.safetensors", enlarge)
+    lora = write_lora(tmp_path / "lora", base, ("v_proj",), 2)
+    monkeypatch.setattr(exporter.build_bundle, "export_graphs", lambda *_: pytest.fail("traced"))
+    spec = replace(quick(named_sources({"one": lora}), base), out=tmp_path / "bundle", dtype=DType.FLOAT16)
+    with pytest.raises(UserError) as caught:
+        build(spec)
+    for name in names:
+        assert f"weight {name} leaves the range of float16; got values up to 6.55e+04" in str(caught.value)
+    assert "Fix: build with --dtype bfloat16 or float32" in str(caught.value)
+    assert not (tmp_path / "bundle").exists()
+    with pytest.raises(pytest.fail.Exception, match="traced"):
+        build(replace(spec, dtype=DType.BFLOAT16))
 
 
 def test_constants_inside_the_graph_are_rounded_once_too() -> None:
