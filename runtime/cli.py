@@ -7,7 +7,7 @@ import dataclasses
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,8 +49,7 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
     add("bundle", metavar="BUNDLE", type=Path)
     add("recording", metavar="FILE.npz", type=Path, help="what `python -m exporter record` wrote")
     add("--graph", metavar="NAME", help="a graph's name or mode (default: one of the recording's mode)")
-    add("--backend", default="ort", choices=("ort", "trt", "trt-rtx"), help="default ort")
-    add("--provider", default="cpu", choices=("cpu", "cuda"), help="of ONNX Runtime")
+    _add_backend(add)
     add("--batch-size", type=int, default=4, metavar="N", help="texts that run together (default 4)")
     add(
         "--accept-noise",
@@ -76,14 +75,18 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     add("--seed", type=int, metavar="S", help="same seed and prompt, same text, whatever else is in the batch")
     add("--batch-size", type=int, default=16, metavar="N", help="prompts that run together (default 16)")
     add("--graph", metavar="NAME", help="a graph's name or mode (default: the dynamic one)")
-    add("--backend", default="ort", choices=("ort", "trt", "trt-rtx"), help="ONNX Runtime (default) or an engine")
-    providers = ("cpu", "cuda", "tensorrt", "nv-tensorrt-rtx")
-    add("--provider", default="cpu", choices=providers, help="ONNX Runtime's (default cpu)")
+    _add_backend(add)
     add("--threads", type=int, metavar="N")
     output = command.add_mutually_exclusive_group()
     output.add_argument("--stream", action="store_true", help="print text as it comes, one prompt after the other")
     output.add_argument("--json", action="store_true", help="print one JSON object a prompt")
     add("-q", "--quiet", action="store_true", help="do not say on stderr what runs")
+
+
+def _add_backend(add: Callable[..., object]) -> None:
+    add("--backend", default="ort", choices=("ort", "trt", "trt-rtx"), help="ONNX Runtime (default) or an engine")
+    providers = ("cpu", "cuda", "tensorrt", "nv-tensorrt-rtx")
+    add("--provider", default="cpu", choices=providers, help="ONNX Runtime's (default cpu)")
 
 
 def inspect(args: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ from exporter.gate import PluginGate
 from exporter.op_lint import lint
 from exporter.spec import AdapterSource, BuildSpec, DType, OpChoice
 from plugins.operators import DOMAIN, GATE_SCALINGS, GATED_LOW_RANK, GateRules
+from runtime import GenerateOptions, complete, load
 from runtime.backends import open_session
 from runtime.bundle import Bundle, open_bundle
 from runtime.engines import Target, engine_folders, open_engines
@@ -194,3 +195,20 @@ def test_a_link_that_is_of_no_use_ends_in_a_message(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LD_LIBRARY_PATH", f"/nowhere/{link.PREFIX}123")
     with pytest.raises(MachineError, match="when it adds a plugin"):
         link.run_linked(["engine", "x"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the library's link is a matter of Linux")
+def test_the_demo_checkpoint_in_one_command(tmp_path: Path) -> None:
+    """Bundle and engine with both plugins; the same answers as the model's."""
+    examples = Path(__file__).resolve().parents[2] / "examples" / "four-tasks"
+    command = [sys.executable, "-m", "exporter", "build", "--adapters", str(examples / "xlora"), "--verify", "quick"]
+    plugins = ["--gate-op", "plugin", "--site-op", "plugin", "--target", "trt-rtx", "--compute-capability", "8.6"]
+    run = subprocess.run(
+        [*command, *plugins, "--out", "demo", "-q"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    bundle, engines = run.stdout.split()
+    assert open_engines(tmp_path / engines).manifest.plans[0].plugins == BOTH
+    with load(tmp_path / bundle) as model:
+        [answer] = complete(model, ["add 25+14="], GenerateOptions(max_new_tokens=4))
+    assert (answer.text or "").strip() == "39"
