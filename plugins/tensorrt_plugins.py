@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 INTEGERS = ("softmax", "top_k", "topk_softmax")  # attributes of GateScalings that are no float
 
 
-def register(trt: Any, kernels: Callable[[], Kernels] = installed_kernels) -> None:
-    """Make both plugins known to this process's TensorRT, once; kernels are loaded when an engine runs."""
+def register(trt: Any, names: Collection[str] = OPERATORS, kernels: Callable[[], Kernels] = installed_kernels) -> None:
+    """Make plugins known to this process's TensorRT, once; kernels are loaded when an engine runs."""
     registry = trt.get_plugin_registry()
     for creator in creators(trt, kernels):
-        if registry.get_creator(creator.name, VERSION, DOMAIN) is None:
+        if creator.name in names and registry.get_creator(creator.name, VERSION, DOMAIN) is None:
             registry.register_creator(creator, DOMAIN)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class Builder:
 
     def build(self, graph: GraphInfo, onnx: Path, planned: PlanInfo, plan: Path) -> list[str]:
         """Write the plan of `onnx` and return TensorRT's log; ExportError names what it refuses."""
-        with registered(self.trt) if planned.plugins else nullcontext():
+        with registered(self.trt, planned.plugins):
             return self._build(graph, onnx, planned, plan)
 
     def _build(self, graph: GraphInfo, onnx: Path, planned: PlanInfo, plan: Path) -> list[str]:
@@ -121,9 +121,10 @@ def parse(parser: Any, onnx: Path, plugins: Collection[str]) -> bool:
 
 
 @contextmanager
-def registered(trt: Any) -> Iterator[None]:
-    """Our plugins are known to TensorRT, then forgotten: a graph that is to run as functions must not meet them."""
-    register(trt)
+def registered(trt: Any, plugins: Collection[str]) -> Iterator[None]:
+    """Just these of ours are known to TensorRT: one that it knows it would prefer to the operator's function."""
+    unregister(trt)
+    register(trt, plugins)
     try:
         yield
     finally:
