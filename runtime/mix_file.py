@@ -1,0 +1,73 @@
+"""A mix as a file: weights by expert, and by site where a site has its own. Written by hand or by `learn-mix`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from runtime import strict_json
+from runtime.errors import InputError, raise_all
+from runtime.manifest import ExpertName, Strict
+from runtime.mix import scalings_from_mix
+
+FORMAT_VERSION: Literal[1] = 1
+MAX_BYTES = 16 << 20
+
+
+class MixFile(Strict):
+    """`weights` hold at every site but those of `sites`, by module path, which have weights of their own."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    weights: dict[ExpertName, float] = Field(default_factory=dict)
+    sites: dict[str, dict[ExpertName, float]] = Field(default_factory=dict)
+
+    @property
+    def is_per_site(self) -> bool:
+        """Whether it needs a graph with one row of scalings a site."""
+        return bool(self.sites)
+
+
+def read_mix(path: Path) -> MixFile:
+    """Read and check a mix file; an InputError names the file and what is wrong with it."""
+    try:
+        value = strict_json.parse(path.read_bytes(), max_bytes=MAX_BYTES)
+        return MixFile.model_validate(value)
+    except OSError as error:
+        raise InputError(
+            "cannot read the mix", where=str(path), got=error.strerror or str(error), code="E_MIX"
+        ) from error
+    except ValueError as error:
+        need = '{"weights": {"math": 0.7, "code": 0.3}, "sites": {"PATH": {...}}}'
+        got = " ".join(str(error).split())[:300]
+        raise InputError("is no mix", where=str(path), got=got, need=need, code="E_MIX") from error
+
+
+def write_mix(mix: MixFile, path: Path) -> None:
+    """Write it as people edit it; the same mix gives the same bytes."""
+    path.write_text(json.dumps(mix.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def scalings_from_file(mix: MixFile, experts: Sequence[str], sites: Sequence[str]) -> NDArray[np.float32]:
+    """[G, E]: one row a site in the order of `sites`, experts in gate column order; one row for all when G is 1.
+
+    Raises InputError for experts and sites that are not there, all at once.
+    """
+    raise_all("mix", list(_unknown_sites(mix, sites)))
+    everywhere = scalings_from_mix(mix.weights, experts)
+    if not mix.is_per_site:
+        return everywhere[None]
+    rows = {path: scalings_from_mix(weights, experts) for path, weights in mix.sites.items()}
+    return np.stack([rows.get(path, everywhere) for path in sites])
+
+
+def _unknown_sites(mix: MixFile, sites: Sequence[str]) -> Iterator[InputError]:
+    known = set(sites)
+    for path in mix.sites:
+        if path not in known:
+            yield InputError(f"no site {path!r}", need=f"one of the {len(known)} adapted modules", code="E_MIX")
