@@ -105,7 +105,7 @@ def _add_build(command: argparse.ArgumentParser) -> None:
     plugin = "plain operators, or one plugin node with a fallback"
     add("--gate-op", type=_one_of(OpChoice), choices=list(OpChoice), default=OpChoice.OPS, help=f"the gate: {plugin}")
     add("--site-op", type=_one_of(OpChoice), choices=list(OpChoice), default=OpChoice.OPS, help=f"sites: {plugin}")
-    targets = ["ort", *Target]
+    targets = ["ort", *map(str, Target)]
     add(
         "--target",
         action="append",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from runtime.bundle import Bundle
-from runtime.engines import engine_folders, open_engines
+from runtime.engines import PlanInfo, engine_folders, open_engines
 from runtime.errors import UserError
 from runtime.manifest import GateInfo, GraphInfo, Manifest, VerifyLevel, VerifyReport
 from runtime.sealed_folder import manifest_bytes
@@ -95,7 +95,8 @@ def _graph(graph: GraphInfo) -> str:
     shares = ", ".join(f"{name}={share:g}" for name, share in (graph.mix or {}).items())
     mix = "" if graph.mix is None else f" of {shares or 'the base alone'}"
     cache = graph.signature.cache_style
-    return f"{graph.name}: {graph.mode}{mix}, {graph.emit}, opset {graph.opset}, K/V cache {cache}"
+    ours = f", operators {' and '.join(graph.plugins)}" if graph.plugins else ""
+    return f"{graph.name}: {graph.mode}{mix}, {graph.emit}, opset {graph.opset}, K/V cache {cache}{ours}"
 
 
 def _verification(manifest: Manifest, graph: str) -> Iterator[str]:
@@ -132,12 +133,16 @@ def _engines(bundle: Bundle) -> Iterator[tuple[str, str]]:
         except UserError as error:
             yield path.name, f"refused: {error}"
             continue
-        graphs = ", ".join(plan.graph for plan in manifest.plans)
+        graphs = ", ".join(_plan(plan) for plan in manifest.plans)
         gpus = ", ".join(manifest.compute_capabilities) or "8.0 and later"
         size = _size(sum(file.size for file in manifest.artifacts))
         stale = "" if manifest.bundle == bundle.digest else "; of ANOTHER BUILD of this bundle"
         what = f"{manifest.target.product} {manifest.version} on {manifest.platform}"
         yield path.name, f"{graphs}: {what}, compute capability {gpus}, {size}{stale}"
+
+
+def _plan(plan: PlanInfo) -> str:
+    return f"{plan.graph} (plugins {' and '.join(plan.plugins)})" if plan.plugins else plan.graph
 
 
 def _size(count: int) -> str:

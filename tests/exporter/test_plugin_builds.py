@@ -28,6 +28,7 @@ from runtime.backends import open_session
 from runtime.bundle import Bundle, open_bundle
 from runtime.engines import Target, engine_folders, open_engines
 from runtime.errors import MachineError
+from runtime.inspect import render
 from runtime.manifest import Emit, Mode, TopkSoftmax
 from runtime.replay import replay
 from runtime.session import SessionSettings
@@ -174,6 +175,10 @@ def test_engines_with_and_without_plugins(fused: Bundle) -> None:
         assert {name for name in BOTH if f"created plugin: {name}" in log} == set(plugins)
     assert len(folders) == 3, "each choice is an engine of its own"
     assert {str(path) for path in engine_folders(fused.root)} == folders
+    shown = render(open_bundle(fused.root))
+    assert "append, operators GateScalings and GatedLowRank\n" in shown
+    assert "dynamic (plugins GateScalings and GatedLowRank): TensorRT for RTX" in shown
+    assert "dynamic (plugins GateScalings): TensorRT for RTX" in shown
 
 
 def test_a_graph_of_plain_operators_has_no_plugins_to_choose(plain: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
