@@ -86,7 +86,7 @@ def _source(kernel: Kernel, dtype: str, variant: int) -> Any:
     multiples = [
         place
         for place, (name, kind) in enumerate(kernel.parameters)
-        if kind.endswith("*") or (is_aligned and name in kernel.divisible)  # TensorRT aligns tensors to 256 bytes
+        if is_aligned and (kind.endswith("*") or name in kernel.divisible)
     ]
     hints = {(place,): [["tt.divisibility", 16]] for place in multiples}
     return ASTSource(getattr(kernels, kernel.name), signature=signature, constexprs=constants, attrs=hints)

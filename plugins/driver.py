@@ -32,8 +32,8 @@ class Kernels:
         self._check(self._driver.cuLaunchKernel(function, *launch.grid, *block, shared, stream, arguments, 0))
 
     def _function(self, launch: Launch) -> tuple[Any, int]:
-        """A function belongs to the context it was loaded in."""
-        context = int(self._check(self._driver.cuCtxGetCurrent()))
+        """A function belongs to the context it was loaded in; a later one may have the same handle, but not its id."""
+        context = int(self._check(self._driver.cuCtxGetId(self._check(self._driver.cuCtxGetCurrent()))))
         key = (context, launch.kernel, launch.dtype, launch.constants)
         if key not in self._functions:
             cubin = self._cubins.find(launch, self._architecture or self._capability())

@@ -11,7 +11,7 @@ from plugins.operators import MAX_EXPERTS, GateRules
 WARPS = 4
 SCRATCH = 2  # pointers that Triton adds to the parameters of every kernel; unused
 TILE_TOKENS = 16  # from here on tokens share what they read of a and b
-ALIGNED = 16  # widths that are multiples of it are read in whole words
+ALIGNED = 16  # widths and addresses that are multiples of it are read in whole words
 
 Constants = tuple[tuple[str, int], ...]
 
@@ -20,7 +20,7 @@ Constants = tuple[tuple[str, int], ...]
 class Kernel:
     """A kernel's parameters in order, name -> "T*", "fp32*", "i32" or "fp32", and the constants it is compiled with.
 
-    A parameter in `divisible` is a multiple of 16 where the constant ALIGNED is 1.
+    Pointers, and what `divisible` names, are multiples of 16 where the constant ALIGNED is 1.
     """
 
     name: str
@@ -82,8 +82,13 @@ def gate_launches(shape: Sequence[int], dtype: str, rules: GateRules) -> tuple[L
     )
 
 
-def low_rank_launches(x: Sequence[int], ranks: int, width: int, dtype: str) -> tuple[Launch, ...]:
-    """For x of this shape [..., in] and `width` outputs: down to the ranks, up to the outputs; none without tokens."""
+def low_rank_launches(
+    x: Sequence[int], ranks: int, width: int, dtype: str, *, is_aligned: bool = True
+) -> tuple[Launch, ...]:
+    """For x of this shape [..., in] and `width` outputs: down to the ranks, up to the outputs; none without tokens.
+
+    `is_aligned`: every tensor begins at a multiple of 16 bytes.
+    """
     *leading, inputs = x
     tokens = prod(leading)
     if not tokens:
@@ -92,8 +97,8 @@ def low_rank_launches(x: Sequence[int], ranks: int, width: int, dtype: str) -> t
     down, up = (DOWN_TILE, UP_TILE) if is_tiled else (DOWN, UP)
     sizes = (tokens,) if is_tiled else ()
     return (
-        _low_rank(down, dtype, tokens, ranks, (*_names(down), *sizes, ranks, inputs), inputs),
-        _low_rank(up, dtype, tokens, width, (*_names(up), *sizes, ranks, width), width),
+        _low_rank(down, dtype, tokens, ranks, (*_names(down), *sizes, ranks, inputs), is_aligned),
+        _low_rank(up, dtype, tokens, width, (*_names(up), *sizes, ranks, width), is_aligned),
     )
 
 
@@ -103,10 +108,10 @@ def workspace_bytes(x: Sequence[int], ranks: int) -> int:
 
 
 def _low_rank(
-    kernel: Kernel, dtype: str, tokens: int, made: int, arguments: tuple[str | int | float, ...], width: int
+    kernel: Kernel, dtype: str, tokens: int, made: int, arguments: tuple[str | int | float, ...], is_aligned: bool
 ) -> Launch:
-    """`made`: how many columns of the result the second grid axis covers."""
-    constants = kernel.constants[int(width % ALIGNED == 0)]
+    """`made`: how many columns of the result the second grid axis covers. The width is the last argument."""
+    constants = kernel.constants[int(is_aligned and int(arguments[-1]) % ALIGNED == 0)]
     blocks = dict(constants)
     per_block = blocks["BLOCK_RANKS" if kernel in (DOWN, DOWN_TILE) else "BLOCK_WIDTH"]
     grid = (_blocks(tokens, blocks.get("BLOCK_TOKENS", 1)), _blocks(made, per_block), 1)

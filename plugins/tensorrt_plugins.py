@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from plugins.driver import Kernels, installed_kernels
-from plugins.launches import Launch, gate_launches, low_rank_launches, workspace_bytes
+from plugins.launches import ALIGNED, Launch, gate_launches, low_rank_launches, workspace_bytes
 from plugins.operators import DOMAIN, GATE_SCALINGS, GATED_LOW_RANK, OPERATORS, VERSION, GateRules
 
 logger = logging.getLogger(__name__)
@@ -42,11 +42,12 @@ def creators(trt: Any, kernels: Callable[[], Kernels]) -> tuple[Any, ...]:
     class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
         """What both plugins share: contiguous tensors of one dtype, and launches made from shapes."""
 
-        def __init__(self, name: str) -> None:
+        def __init__(self, name: str, attributes: Mapping[str, int | float]) -> None:
             for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
                 base.__init__(self)
             self.plugin_name, self.plugin_version, self.plugin_namespace = name, VERSION, DOMAIN
             self.num_outputs = 1
+            self.fields = Fields(trt, attributes)
 
         def get_capability_interface(self, kind: Any) -> Any:
             return self
@@ -61,7 +62,7 @@ def creators(trt: Any, kernels: Callable[[], Kernels]) -> tuple[Any, ...]:
             return [trt.DimsExprs(inputs[0])]
 
         def supports_format_combination(self, position: int, described: Sequence[Any], inputs: int) -> bool:
-            """All tensors have the dtype of the first; `kinds` says where it must be float32."""
+            """All tensors have the dtype of the first, but those that are float32 always."""
             wanted, first = described[position].desc, described[0].desc
             floats = (trt.float32, trt.float16, trt.bfloat16)
             dtype = trt.float32 if position in self.always_float32 else first.type
@@ -88,36 +89,32 @@ def creators(trt: Any, kernels: Callable[[], Kernels]) -> tuple[Any, ...]:
             return self.clone()
 
         def get_fields_to_serialize(self) -> Any:
-            return trt.PluginFieldCollection([])
+            return self.fields.collection
 
-        def run(self, launches: Sequence[Launch], pointers: Mapping[str, int], stream: int) -> int:
-            """Enqueue; an exception must not cross TensorRT, which knows numbers only."""
+        def run(self, launches: Sequence[Launch], pointers: Mapping[str, int], stream: int) -> None:
+            """Enqueue; TensorRT takes an exception for a failed step, and a number for nothing at all."""
             try:
                 for launch in launches:
                     loaded().launch(launch, pointers, stream)
-            except (RuntimeError, LookupError, ImportError, OSError) as error:
+            except Exception as error:
                 logger.error("plugin %s: %s", self.plugin_name, error)
-                return 1
-            return 0
+                raise
 
     class GateScalings(Plugin):
         """logits [..., E] -> scalings [..., E]."""
 
         def __init__(self, rules: GateRules) -> None:
-            super().__init__(GATE_SCALINGS)
+            super().__init__(GATE_SCALINGS, rules.attributes())
             self.rules = rules
 
         def clone(self) -> Any:
             return GateScalings(self.rules)
 
-        def get_fields_to_serialize(self) -> Any:
-            return trt.PluginFieldCollection([_field(trt, *item) for item in self.rules.attributes().items()])
-
         def enqueue(
             self, described: Any, _: Any, inputs: Sequence[int], outputs: Sequence[int], workspace: int, stream: int
-        ) -> int:
+        ) -> None:
             launches = gate_launches(tuple(described[0].dims), _dtype(trt, described[0].type), self.rules)
-            return self.run(launches, {"logits": inputs[0], "scalings": outputs[0]}, stream)
+            self.run(launches, {"logits": inputs[0], "scalings": outputs[0]}, stream)
 
     class GatedLowRank(Plugin):
         """base [..., out], x [..., in], a [R, in], b [R, out], factors [..., R] -> y [..., out]."""
@@ -125,7 +122,7 @@ def creators(trt: Any, kernels: Callable[[], Kernels]) -> tuple[Any, ...]:
         always_float32 = (4,)
 
         def __init__(self) -> None:
-            super().__init__(GATED_LOW_RANK)
+            super().__init__(GATED_LOW_RANK, {})
 
         def clone(self) -> Any:
             return GatedLowRank()
@@ -135,20 +132,23 @@ def creators(trt: Any, kernels: Callable[[], Kernels]) -> tuple[Any, ...]:
 
         def enqueue(
             self, described: Any, _: Any, inputs: Sequence[int], outputs: Sequence[int], workspace: int, stream: int
-        ) -> int:
+        ) -> None:
             base, x, a, *_rest = described
-            launches = low_rank_launches(tuple(x.dims), a.dims[0], base.dims[-1], _dtype(trt, x.type))
             names = ("base", "x", "a", "b", "factors")
             pointers = dict(zip(names, inputs, strict=True)) | {"y": outputs[0], "hidden": workspace}
-            return self.run(launches, pointers, stream)
+            is_aligned = not any(pointer % ALIGNED for pointer in pointers.values())
+            shape, dtype = tuple(x.dims), _dtype(trt, x.type)
+            launches = low_rank_launches(shape, a.dims[0], base.dims[-1], dtype, is_aligned=is_aligned)
+            self.run(launches, pointers, stream)
 
     class Creator(trt.IPluginCreatorV3One):
         """Makes one of the plugins from the fields of its node, or of a serialised engine."""
 
-        def __init__(self, name: str, fields: Sequence[tuple[str, int | float]], make: Callable[[Any], Any]) -> None:
+        def __init__(self, name: str, attributes: Mapping[str, int | float], make: Callable[[Any], Any]) -> None:
             trt.IPluginCreatorV3One.__init__(self)
             self.name, self.plugin_version, self.plugin_namespace = name, VERSION, DOMAIN
-            self.field_names = trt.PluginFieldCollection([_field(trt, *field) for field in fields])
+            self.fields = Fields(trt, attributes)
+            self.field_names = self.fields.collection
             self.make = make
 
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
@@ -156,15 +156,22 @@ def creators(trt: Any, kernels: Callable[[], Kernels]) -> tuple[Any, ...]:
 
     rules = GateRules(softmax=True, temperature=1.0, top_k=0, topk_softmax=False)
     return (
-        Creator(GATE_SCALINGS, tuple(rules.attributes().items()), lambda fields: GateScalings(GateRules.of(fields))),
-        Creator(GATED_LOW_RANK, (), lambda fields: GatedLowRank()),
+        Creator(GATE_SCALINGS, rules.attributes(), lambda fields: GateScalings(GateRules.of(fields))),
+        Creator(GATED_LOW_RANK, {}, lambda fields: GatedLowRank()),
     )
 
 
-def _field(trt: Any, name: str, value: float) -> Any:
-    if name in INTEGERS:
-        return trt.PluginField(name, np.array([value], np.int32), trt.PluginFieldType.INT32)
-    return trt.PluginField(name, np.array([value], np.float32), trt.PluginFieldType.FLOAT32)
+class Fields:
+    """Attributes as TensorRT takes them. It keeps addresses only, so the numbers must live as long as their owner."""
+
+    def __init__(self, trt: Any, attributes: Mapping[str, int | float]) -> None:
+        integer, real = trt.PluginFieldType.INT32, trt.PluginFieldType.FLOAT32
+        self._fields = [
+            trt.PluginField(name, np.array([value], np.int32), integer) if name in INTEGERS
+            else trt.PluginField(name, np.array([value], np.float32), real)
+            for name, value in attributes.items()
+        ]  # fmt: skip
+        self.collection = trt.PluginFieldCollection(self._fields)
 
 
 def _dtype(trt: Any, dtype: Any) -> str:

@@ -85,10 +85,10 @@ class DeviceGroup:
 
 
 class DeviceCaches:
-    """All cache groups of one session on one GPU, with one capacity C."""
+    """All cache groups of one session on one GPU, with one capacity C: `fixed`, or grown as needed."""
 
-    def __init__(self, device: Device, signature: Signature, max_positions: int) -> None:
-        self._device, self._max_positions = device, max_positions
+    def __init__(self, device: Device, signature: Signature, max_positions: int, fixed: int | None = None) -> None:
+        self._device, self._max_positions, self._fixed = device, max_positions, fixed
         self._step = capacity_step(signature)
         self.capacity = 0
         self.groups = [DeviceGroup(names, entry_bytes(names)) for names in cache_names(signature)]
@@ -103,6 +103,8 @@ class DeviceCaches:
 
     def capacity_with(self, needed: int) -> int:
         """The capacity once there is room for `needed` entries a slot."""
+        if self._fixed is not None:
+            return self._fixed
         if needed <= self.capacity:
             return self.capacity
         return -(-capacity_for(needed, self._max_positions) // self._step) * self._step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -95,7 +96,7 @@ def engine_session(bundle: Bundle, graph: GraphInfo, target: Target, settings: S
         raise InputError("providers are ONNX Runtime's", got=settings.provider, fix=f"leave it out with {target}")
     trt = load_tensorrt(target)
     engines, plan = fitting_engine(bundle, graph.name, this_machine(target, trt))
-    plugins = register if plan.plugins else None
+    plugins = partial(register, names=plan.plugins) if plan.plugins else None
     return TrtSession(engines.read(plan.path), graph.signature, settings, plan.profiles, target, plugins)
 
 

@@ -11,6 +11,7 @@ from runtime.errors import MachineError
 from runtime.gpu import has_driver, this_gpu
 
 MAX_LOG_LINES = 20_000
+TRT_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}  # its names -> ours
 
 
 def load_tensorrt(target: Target) -> Any:

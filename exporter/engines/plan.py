@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.engines.onnx_bytes import without_functions
-from exporter.engines.spec import EngineSpec, shapes_of
+from exporter.engines.onnx_bytes import with_sizes, without_functions
+from exporter.engines.spec import EngineSpec, is_fixed, shapes_of
 from exporter.engines.tensorrt import make_monitor
 from exporter.engines.timing_cache import read_timings, write_timings
 from exporter.errors import ExportError
+from plugins.operators import OPERATORS
 from plugins.tensorrt_plugins import register, unregister
 from runtime.engines import PlanInfo, ProfileInfo, Target
 from runtime.errors import InputError, raise_all
 from runtime.manifest import GraphInfo
 from runtime.signature import CacheStyle, Signature
-from runtime.tensorrt import make_logger
+from runtime.tensorrt import TRT_DTYPES, make_logger
 
 MAX_SHOWN = 8
 
@@ -41,12 +42,13 @@ class Builder:
         builder = self.trt.Builder(logger)
         network = builder.create_network(network_flags(self.trt))
         parser = self.trt.OnnxParser(network, logger)
-        if not parse(parser, onnx, planned.plugins):
+        if not parse(parser, onnx, planned):
             errors = [parser.get_error(i) for i in range(parser.num_errors)]
             raise_all(f"graph {graph.name}", [self._refusal(error, graph) for error in errors[:MAX_SHOWN]])
             raise self._failure(graph, logger)
         require_signature(network, graph.signature, graph.name)
         require_plugins(network, self.trt, planned.plugins, graph.name)
+        allow_any_attention(network, self.trt)
         config, monitor = self._config(builder, graph.signature, planned.profiles)
         timings = self.spec.timing_cache if self.spec.target is Target.TRT else None
         if timings is not None:
@@ -58,7 +60,10 @@ class Builder:
         if not is_written or not plan.stat().st_size:
             raise self._failure(graph, logger)
         if timings is not None:
-            write_timings(config, timings)
+            try:
+                write_timings(config, timings)
+            except OSError as error:  # the engine is there all the same
+                logger.lines.append(f"warning: the timings are not kept: {error}")
         return list(logger.lines)
 
     def _config(self, builder: Any, signature: Signature, profiles: Sequence[ProfileInfo]) -> tuple[Any, Any]:
@@ -113,11 +118,25 @@ class Builder:
         )
 
 
-def parse(parser: Any, onnx: Path, plugins: Collection[str]) -> bool:
-    """Parse the graph; the operators that are to be plugins lose their functions, which TensorRT may prefer."""
-    if not plugins:
+def parse(parser: Any, onnx: Path, planned: PlanInfo) -> bool:
+    """Parse the graph; the operators that are to be plugins lose their functions, which TensorRT may prefer.
+
+    A size that the profiles fix becomes a number: TensorRT takes no TensorScatter into a cache of open length.
+    """
+    sizes = {symbol: r.max for symbol, r in planned.profiles[0].ranges.items() if is_fixed(planned.profiles, symbol)}
+    if not planned.plugins and not sizes:
         return bool(parser.parse_from_file(str(onnx)))
-    return bool(parser.parse(without_functions(onnx.read_bytes(), plugins), path=str(onnx)))
+    model = with_sizes(without_functions(onnx.read_bytes(), planned.plugins), sizes)
+    return bool(parser.parse(model, path=str(onnx)))
+
+
+def allow_any_attention(network: Any, trt: Any) -> None:
+    """Attention that no kernel of its own takes (odd head sizes) is computed by products and a softmax."""
+    kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
+    for layer in (network.get_layer(i) for i in range(network.num_layers)):
+        if kind is not None and layer.type == kind:
+            layer.__class__ = trt.IAttentionInputLayer
+            layer.attention.decomposable = True
 
 
 @contextmanager
@@ -133,13 +152,17 @@ def registered(trt: Any, plugins: Collection[str]) -> Iterator[None]:
 
 def require_plugins(network: Any, trt: Any, plugins: Collection[str], graph: str) -> None:
     """The parsed network has plugin layers where they are asked for, and only there."""
-    layers = [network.get_layer(i) for i in range(network.num_layers)]
-    has_plugins = any(layer.type == trt.LayerType.PLUGIN_V3 for layer in layers)
-    if has_plugins != bool(plugins):
+    found = set()
+    for layer in (network.get_layer(i) for i in range(network.num_layers)):
+        if layer.type == trt.LayerType.PLUGIN_V3:
+            layer.__class__ = trt.IPluginV3Layer
+            found.add(layer.plugin.plugin_name)
+    if found & set(OPERATORS) != set(plugins):
         raise ExportError(
-            "the parsed network has plugins where none are asked for, or none where they are",
+            "the parsed network has other plugins than were asked for",
             where=f"graph {graph}",
-            got=", ".join(plugins) or "none",
+            got=", ".join(sorted(found)) or "none",
+            need=", ".join(plugins) or "none",
             code="E_PLUGIN",
         )
 
@@ -171,19 +194,23 @@ def set_capabilities(trt: Any, config: Any, capabilities: Sequence[str]) -> None
 
 
 def require_signature(network: Any, signature: Signature, graph: str) -> None:
-    """The parsed network has exactly the signature's inputs and outputs."""
-    sides = (
-        ("inputs", signature.inputs, [network.get_input(i).name for i in range(network.num_inputs)]),
-        ("outputs", signature.outputs, [network.get_output(i).name for i in range(network.num_outputs)]),
-    )
-    for side, wanted, got in sides:
-        if sorted(got) != sorted(spec.name for spec in wanted):
+    """The parsed network has exactly the signature's inputs and outputs, and takes none of them from host memory."""
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    outputs = [network.get_output(i) for i in range(network.num_outputs)]
+    for side, wanted, tensors in (("inputs", signature.inputs, inputs), ("outputs", signature.outputs, outputs)):
+        got = sorted(f"{tensor.name} {_kind(tensor)}" for tensor in tensors)
+        if got != sorted(f"{spec.name} {spec.dtype}" for spec in wanted):
             raise ExportError(
                 f"the parsed network has other {side} than the graph's signature",
                 where=f"graph {graph}",
                 got=", ".join(got),
                 code="E_ENGINE",
             )
+
+
+def _kind(tensor: Any) -> str:
+    dtype = tensor.dtype.name
+    return TRT_DTYPES.get(dtype, dtype) + (" in host memory" if tensor.is_shape_tensor else "")
 
 
 def check_target(spec: EngineSpec, graph: GraphInfo, dtype: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from exporter.errors import ExportError
 from exporter.spec import OpChoice
 from plugins.operators import GATE_SCALINGS, GATED_LOW_RANK
+from runtime.caches import GRAIN
 from runtime.engines import ProfileInfo, Range, Target
 from runtime.manifest import GraphInfo
 from runtime.signature import CacheStyle, TensorSpec
@@ -41,8 +43,9 @@ class EngineSpec:
 def profiles_of(graph: GraphInfo, spec: EngineSpec, max_positions: int) -> tuple[ProfileInfo, ...]:
     """Prefill and decode, over the symbols of the graph's signature; a graph without cache has one for both.
 
-    An empty cache and a step without logits are part of every range: C and K begin at 0 (the graph that writes its
-    cache itself needs a capacity of at least 1). Raises ExportError for more positions than the model has.
+    An empty cache and a step without logits are part of every range: C and K begin at 0. A graph that writes its cache
+    itself (alias) has one fixed C, with room for the padding of a step. Raises ExportError for more positions than the
+    model has.
     """
     if spec.max_context is not None and spec.max_context > max_positions:
         raise ExportError(
@@ -53,10 +56,12 @@ def profiles_of(graph: GraphInfo, spec: EngineSpec, max_positions: int) -> tuple
     tokens = min(spec.max_tokens, context)
     some = Range(min=0, opt=1, max=1)
     if graph.signature.cache_style is CacheStyle.NONE:
-        whole = Range(min=1, opt=min(PREFILL_OPT, context), max=context)
-        return (ProfileInfo(name="whole", ranges={"B": Range(min=1, opt=1, max=1), "S": whole, "K": some}),)
-    least = 0 if graph.signature.cache_style is CacheStyle.APPEND else 1
-    cache = Range(min=least, opt=min(DECODE_OPT, context), max=context)
+        length = Range(min=1, opt=min(PREFILL_OPT, context), max=context)
+        return (ProfileInfo(name="whole", ranges={"B": Range(min=1, opt=1, max=1), "S": length, "K": some}),)
+    cache = Range(min=0, opt=min(DECODE_OPT, context), max=context)
+    if graph.signature.cache_style is CacheStyle.ALIAS:
+        whole = -(-(context + tokens) // GRAIN) * GRAIN
+        cache = Range(min=whole, opt=whole, max=whole)
     prefill = {
         "B": Range(min=1, opt=1, max=spec.max_batch),
         "S": Range(min=1, opt=min(PREFILL_OPT, tokens), max=tokens),
@@ -65,6 +70,12 @@ def profiles_of(graph: GraphInfo, spec: EngineSpec, max_positions: int) -> tuple
     }
     decode = {"B": Range(min=1, opt=1, max=2 * spec.max_batch), "S": Range(min=1, opt=1, max=1), "C": cache, "K": some}
     return ProfileInfo(name="prefill", ranges=prefill), ProfileInfo(name="decode", ranges=decode)
+
+
+def is_fixed(profiles: Sequence[ProfileInfo], symbol: str) -> bool:
+    """Whether all profiles give a symbol the same one size."""
+    ranges = [profile.ranges[symbol] for profile in profiles]
+    return len({size for r in ranges for size in (r.min, r.max)}) == 1
 
 
 def shapes_of(tensor: TensorSpec, profile: ProfileInfo) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

@@ -28,10 +28,9 @@ from runtime.signature import (
     TensorSpec,
 )
 from runtime.slots import Slots
-from runtime.tensorrt import load_tensorrt, make_logger
+from runtime.tensorrt import TRT_DTYPES, load_tensorrt, make_logger
 from runtime.tensors import DTYPES, Array, check_signature, first_bad, float32_copy, is_finite, shape_of
 
-TRT_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
 OPTIONS = {"B": "--max-batch", "S": "--max-tokens", "C": "--max-context"}  # of `exporter engine`
 SCRATCH_ALIGNMENT = 512  # bytes: some versions refuse less
 PLANS_KEPT = 8  # a decode loop alternates between two; chunks of other widths come and go
@@ -96,7 +95,8 @@ class TrtSession:
             if register is not None:
                 register(self._trt)
             self._open(plan)
-            self._caches = DeviceCaches(self._device, signature, self.limits.positions)
+            fixed = profiles[0].ranges["C"].max if is_fixed(profiles) else None
+            self._caches = DeviceCaches(self._device, signature, self.limits.positions, fixed)
             self._fresh = [Buffer() for _ in self._caches.groups]
             self._nothing = self._device.allocate(0)  # where tensors without elements lie
             self._fit(self._scratch, self._scratch_bytes())
@@ -350,6 +350,8 @@ def step_limits(profiles: Sequence[ProfileInfo], max_positions: int, capacity_st
     """What every step may bring: the least of the profiles' largest rows and entries, the longest of their steps."""
     tokens = max(profile.ranges["S"].max for profile in profiles)
     context = min(profile.ranges["C"].max if "C" in profile.ranges else tokens for profile in profiles)
+    if is_fixed(profiles):
+        context -= tokens  # the engine writes the padding of a step too
     context -= context % capacity_step
     return StepLimits(
         positions=min(context, max_positions),
@@ -357,6 +359,11 @@ def step_limits(profiles: Sequence[ProfileInfo], max_positions: int, capacity_st
         tokens=tokens,
         fix="build the engine with a larger --max-context" if context < max_positions else "",
     )
+
+
+def is_fixed(profiles: Sequence[ProfileInfo]) -> bool:
+    """Whether the engine takes caches of one capacity only."""
+    return all("C" in profile.ranges and profile.ranges["C"].min == profile.ranges["C"].max for profile in profiles)
 
 
 def profile_for(profiles: Sequence[ProfileInfo], sizes: Mapping[str, int]) -> int:

@@ -25,6 +25,7 @@ from exporter import build
 from exporter.cli import main
 from exporter.engines import EngineSpec, build_engines
 from exporter.engines import tensorrt as ours
+from exporter.engines.plan import require_signature
 from exporter.engines.spec import profiles_of, shapes_of
 from exporter.engines.timing_cache import read_timings, write_timings
 from exporter.errors import ExportError
@@ -299,6 +300,32 @@ def test_a_build_for_tensorrt_is_linted_before_it_is_verified(tmp_path: Path, mo
     assert not (tmp_path / "modern").exists()
 
 
+def test_the_parsed_network_must_have_the_signatures_tensors() -> None:
+    spec = signature_from_shape(SignatureShape(5, (1,), (2,), scalings=1, experts=2, gate=False))
+    names = {"float32": "FLOAT", "int64": "INT64"}
+
+    def network(**odd: Any) -> SimpleNamespace:
+        sides = [
+            [SimpleNamespace(name=t.name, dtype=SimpleNamespace(name=names[t.dtype]), is_shape_tensor=False) for t in s]
+            for s in (spec.inputs, spec.outputs)
+        ]
+        for tensor in sides[0]:
+            vars(tensor).update(odd if tensor.name == "cache_lengths" else {})
+        return SimpleNamespace(
+            num_inputs=len(sides[0]), num_outputs=len(sides[1]), get_input=sides[0].__getitem__,
+            get_output=sides[1].__getitem__,
+        )  # fmt: skip
+
+    require_signature(network(), spec, "dynamic")
+    for odd, shown in (
+        ({"is_shape_tensor": True}, "cache_lengths int64 in host memory"),
+        ({"dtype": SimpleNamespace(name="INT32")}, "cache_lengths INT32"),
+        ({"name": "lengths"}, "lengths int64"),
+    ):
+        with pytest.raises(ExportError, match=f"other inputs than the graph's signature; got .*{shown}"):
+            require_signature(network(**odd), spec, "dynamic")
+
+
 def test_one_command_builds_bundle_and_engines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = write_lively_base(tmp_path / "base", num_hidden_layers=1)
     lora = write_lora(tmp_path / "one", base, ("q_proj",), 2)
@@ -312,13 +339,14 @@ def test_one_command_builds_bundle_and_engines(tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "other").exists(), "what is missing is said before the work"
 
 
+@pytest.mark.parametrize("emit", list(Emit))
 @pytest.mark.parametrize("dtype", [DType.FLOAT16, DType.BFLOAT16])
-def test_half_builds_become_engines(dtype: DType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_builds_become_engines(dtype: DType, emit: Emit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Strongly typed: the graph's dtypes, the gate in float32. Numbers need a GPU."""
     base = write_lively_base(tmp_path / "base", num_hidden_layers=1)
     experts = write_three_experts(tmp_path / "experts", base, ends=False)
     gate = write_gate(tmp_path / "xlora", base, experts)
-    spec = replace(quick(named_sources(experts), base), gate=gate, dtype=dtype, out=tmp_path / "bundle")
+    spec = replace(quick(named_sources(experts), base), gate=gate, dtype=dtype, emit=emit, out=tmp_path / "bundle")
     linted: list[str] = []
 
     def lint(model: Any) -> tuple[()]:
@@ -327,7 +355,12 @@ def test_half_builds_become_engines(dtype: DType, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(exporter.build_bundle, "lint", lint)
     engines = build_engines(build(spec), RTX)
-    assert [plan.graph for plan in engines.manifest.plans] == ["dynamic"]
+    [plan] = engines.manifest.plans
+    caches = {(profile.ranges["C"].min, profile.ranges["C"].max) for profile in plan.profiles}
+    if emit is Emit.MODERN:
+        assert caches == {(128, 128)}, "fixed: 64 entries, 16 tokens of padding, in whole grains"
+        return
+    assert caches == {(0, 64)}
     assert linted == ["FLOAT", {"float16": "FLOAT16", "bfloat16": "BFLOAT16"}[dtype.value]], "what is published too"
 
 
@@ -392,8 +425,8 @@ class TimedConfig:
         self.knows = knows
         self.timings = b""
 
-    def create_timing_cache(self, data: bytes) -> bytes:
-        return data
+    def create_timing_cache(self, data: bytes) -> bytes | None:
+        return None if data == b"damaged" else data
 
     def set_timing_cache(self, data: bytes, ignore_mismatch: bool) -> bool:
         assert not ignore_mismatch
@@ -414,6 +447,13 @@ def test_timings_are_kept_for_this_device_only(tmp_path: Path) -> None:
     read_timings(mine, path)
     write_timings(mine, path)
     assert path.read_bytes() == b"++"
+    path.chmod(0o622)
+    read_timings(mine, path)
+    assert mine.timings == b"", "somebody else may have written it"
+    path.chmod(0o600)
+    path.write_bytes(b"damaged")
+    read_timings(mine, path)
+    assert mine.timings == b""
     other = TimedConfig(b"another GPU's")
     read_timings(other, path)
     assert other.timings == b"", "begun afresh"
@@ -432,3 +472,11 @@ def test_an_engine_build_keeps_timings_where_it_is_told(
     assert calls == [], "TensorRT for RTX measures nothing when it builds"
     build_engines(copy, replace(RTX, target=Target.TRT, compute_capabilities=(), timing_cache=path))
     assert calls == [("read", path), ("write", path)]
+
+    def full(config: Any, path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporter.engines.plan, "write_timings", full)
+    spec = replace(RTX, target=Target.TRT, compute_capabilities=(), timing_cache=path, overwrite=True)
+    log = json.loads((build_engines(copy, spec).root / "build.json").read_text())["log"]["dynamic"]
+    assert "warning: the timings are not kept: [Errno 28] No space left on device" in log, "the engine is there"

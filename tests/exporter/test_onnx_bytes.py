@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
-from exporter.engines.onnx_bytes import without_functions
+from exporter.engines.onnx_bytes import with_sizes, without_functions
 from plugins.fallback import gate_scalings_function, gated_low_rank_function
 from plugins.operators import DOMAIN, GATE_SCALINGS, GATED_LOW_RANK, GateRules
+from runtime.signature import CacheStyle, SignatureShape, signature_from_shape
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,27 @@ def test_only_the_named_functions_go(model: onnx.ModelProto, names: tuple[str, .
     del expected.functions[:]
     expected.functions.extend(kept)
     assert onnx.load_from_string(without_functions(model.SerializeToString(), names)) == expected
+
+
+def test_symbols_become_numbers_everywhere_and_nothing_else_changes() -> None:
+    spec = SignatureShape(50, (2, 4), (8, 8), scalings=3, experts=2, gate=True, cache=CacheStyle.ALIAS)
+    signature = signature_from_shape(spec)
+    kinds = {"float32": 1, "int64": 7}
+    values = [
+        [helper.make_tensor_value_info(t.name, kinds[t.dtype], t.shape) for t in side]
+        for side in (signature.inputs, signature.outputs)
+    ]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", *values)
+    model = helper.make_model(graph)
+    model.graph.value_info.append(helper.make_tensor_value_info("inner", 1, ["B", "C", 3]))
+    got = onnx.load_from_string(with_sizes(model.SerializeToString(), {"C": 100_000}))
+    for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param == "C":
+                dimension.dim_value = 100_000
+    assert got == model
+    assert "100000" in str(got)
+    assert with_sizes(model.SerializeToString(), {}) == model.SerializeToString()
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

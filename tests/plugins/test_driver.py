@@ -29,12 +29,15 @@ class ListeningDriver:
     def __init__(self, capability: str, fails: str = "") -> None:
         self.major, self.minor = map(int, capability.split("."))
         self.fails = fails
-        self.context = 1
+        self.context, self.context_id = 4096, 1
         self.loaded: list[bytes] = []
         self.launched: list[tuple[Any, ...]] = []
 
     def cuCtxGetCurrent(self) -> tuple[int, int]:
         return 0, self.context
+
+    def cuCtxGetId(self, context: int) -> tuple[int, int]:
+        return 0, self.context_id
 
     def cuCtxGetDevice(self) -> tuple[int, int]:
         return 0, 0
@@ -63,7 +66,7 @@ def test_the_gpus_own_cubin_is_loaded_once_a_context() -> None:
         for _ in range(3):
             kernels.launch(launch, {"logits": 4096, "scalings": 8192}, stream=9)
         assert driver.loaded == [cubins.find(launch, capability).data]
-        driver.context = 2
+        driver.context_id = 2  # a new context may lie where the old one lay
         kernels.launch(launch, {"logits": 4096, "scalings": 8192}, stream=9)
         assert len(driver.loaded) == 2, "a function belongs to its context"
 

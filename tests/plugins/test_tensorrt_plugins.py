@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import lzma
 import sys
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from plugins.driver import installed_kernels
 from plugins.launches import KERNELS, Launch
 from plugins.operators import DOMAIN, GATE_SCALINGS, GATED_LOW_RANK, VERSION, GateRules
 from plugins.reference import gate_scalings, gated_low_rank
@@ -81,7 +84,7 @@ def test_gate_plugin_runs_its_kernel(trt: Any, interpreter: Interpreter, memory:
     plugin = made(trt, GATE_SCALINGS, lambda: kernels)
     assert plugin.rules == RULES
     shapes = described(trt, rows.shape), described(trt, out.shape)
-    assert plugin.enqueue(*shapes, [put(memory, rows)], [put(memory, out)], 0, 77) == 0
+    plugin.enqueue(*shapes, [put(memory, rows)], [put(memory, out)], 0, 77)
     assert kernels.streams == [77]
     assert np.abs(out - gate_scalings(rows, RULES)).max() <= 1e-6
 
@@ -100,18 +103,55 @@ def test_low_rank_plugin_runs_its_kernels(
     shapes = described(trt, *(arrays[name].shape for name in names)), described(trt, out.shape)
     most = [SimpleNamespace(max=arrays[name].shape) for name in names]
     assert plugin.get_workspace_size(most, []) == hidden.nbytes
-    assert plugin.enqueue(*shapes, inputs, [put(memory, out)], put(memory, hidden), 1) == 0
+    plugin.enqueue(*shapes, inputs, [put(memory, out)], put(memory, hidden), 1)
     assert np.abs(out - expected).max() <= 1e-4
     assert np.abs(expected - arrays["base"]).max() > 1
 
 
-def test_a_failing_launch_is_an_error_code_and_a_line(trt: Any, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("error", [ImportError("No module named 'cuda'"), lzma.LZMAError("Corrupt input data")])
+def test_a_failing_launch_is_an_exception_and_a_line(
+    trt: Any, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TensorRT drops what a Python enqueue returns: with a number the step would count as done."""
+
     def no_driver() -> Any:
-        raise ImportError("No module named 'cuda'")
+        raise error
 
     plugin = made(trt, GATE_SCALINGS, no_driver)
-    assert plugin.enqueue(described(trt, (2, 5)), described(trt, (2, 5)), [1], [2], 0, 0) == 1
-    assert caplog.messages == ["plugin GateScalings: No module named 'cuda'"]
+    with pytest.raises(type(error)):
+        plugin.enqueue(described(trt, (2, 5)), described(trt, (2, 5)), [1], [2], 0, 0)
+    assert caplog.messages == [f"plugin GateScalings: {error}"]
+
+
+def test_fields_live_as_long_as_their_plugin(trt: Any) -> None:
+    """TensorRT reads addresses when it serialises: whatever was put there since would be the engine's rules."""
+    plugin = made(trt, GATE_SCALINGS, lambda: None)
+    creator = next(found for found in creators(trt, installed_kernels) if found.name == GATE_SCALINGS)
+    fields, names = plugin.get_fields_to_serialize(), creator.field_names
+    gc.collect()
+    others = [np.full(1, 7, dtype) for _ in range(5_000) for dtype in (np.int32, np.float32)]
+    values = {field.name: np.asarray(field.data).reshape(-1)[0].item() for field in fields}
+    assert values == {name: pytest.approx(value) for name, value in RULES.attributes().items()}
+    assert [field.name for field in names] == list(RULES.attributes())
+    assert len(others) == 10_000
+
+
+class Listening:
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+
+    def launch(self, launch: Launch, pointers: Mapping[str, int], stream: int) -> None:
+        self.launches.append(launch)
+
+
+@pytest.mark.parametrize(("offset", "aligned"), [(0, 1), (8, 0)])
+def test_tensors_that_begin_anywhere_are_read_number_by_number(trt: Any, offset: int, aligned: int) -> None:
+    """Of inner tensors TensorRT promises no alignment, and a wide load from elsewhere ends the context."""
+    heard = Listening()
+    plugin = made(trt, GATED_LOW_RANK, lambda: heard)
+    shapes = described(trt, (1, 64), (1, 32), (8, 32), (8, 64), (1, 8))
+    plugin.enqueue(shapes, shapes[:1], [4096, 4096 + offset, 4096, 4096, 4096], [4096], 4096, 0)
+    assert [dict(launch.constants)["ALIGNED"] for launch in heard.launches] == [aligned, aligned]
 
 
 def test_formats(trt: Any) -> None:

@@ -63,8 +63,10 @@ def test_engines_that_write_their_caches_themselves_do_too(tmp_path: Path, trt: 
 def test_plugins_of_a_plan_are_registered_before_it_is_read(
     tmp_path: Path, trt: FakeTensorrt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[FakeTensorrt, int]] = []
-    monkeypatch.setattr(runtime.model, "register", lambda module: seen.append((module, module.deserialised)))
+    seen: list[tuple[FakeTensorrt, int, tuple[str, ...]]] = []
+    monkeypatch.setattr(
+        runtime.model, "register", lambda module, names: seen.append((module, module.deserialised, names))
+    )
     path = tiny_bundle(tmp_path / "tiny", end=())
     engines_for(path, SMALL)
     load(path, backend="trt").close()
@@ -72,7 +74,7 @@ def test_plugins_of_a_plan_are_registered_before_it_is_read(
     shutil.rmtree(engines_root(path))
     engines_for(path, SMALL, plugins=OPERATORS)
     load(path, backend="trt").close()
-    assert seen == [(trt, 1)], "after the first engine, before the second"
+    assert seen == [(trt, 1, OPERATORS)], "after the first engine, before the second"
     shutil.rmtree(engines_root(path))
     engines_for(path, SMALL, plugins=("SomebodysOwn",))
     with pytest.raises(MachineError, match=r"names SomebodysOwn; this version has GateScalings, GatedLowRank"):

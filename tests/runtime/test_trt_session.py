@@ -14,7 +14,7 @@ from runtime.backends.trt import PLANS_KEPT, TRT_DTYPES, TrtSession, packed_byte
 from runtime.caches import GRAIN, CacheGroup, CacheNames
 from runtime.device import ALIGNMENT, OUT_OF_MEMORY, Device, Layout
 from runtime.device_caches import DeviceCaches, DeviceGroup
-from runtime.engines import Target
+from runtime.engines import Range, Target
 from runtime.errors import InputError, MachineError, NumericError
 from runtime.gpu import has_driver
 from runtime.rows import Rows
@@ -324,6 +324,32 @@ def test_padding_that_an_aliasing_engine_has_no_room_for_is_refused(trt: FakeTen
         feed(session, [[1], ids_for(4)], [scalings_for(1), scalings_for(4)])
     assert session.lengths.tolist() == [79, 0]
     session.close()
+
+
+def test_caches_of_one_fixed_capacity(trt: FakeTensorrt) -> None:
+    """What TensorRT wants of graphs that write their caches: the whole capacity at once, room for a step's padding."""
+    shape = TinyShape(cache=CacheStyle.ALIAS)
+    weights = tiny_weights(shape)
+    profiles = tuple(
+        profile.model_copy(update={"ranges": profile.ranges | {"C": Range(min=96, opt=96, max=96)}})
+        for profile in profiles_for(tokens=16, style="alias")
+    )
+    session = open_fake(shape, weights, profiles)
+    session.allocate(2)
+    assert session.limits.positions == 80
+    reference = open_fake(shape, weights, profiles_for(style="alias"))
+    reference.allocate(2)
+    ids, scale = ids_for(80), scalings_for(80)
+    for at in range(0, 80, 16):
+        rows = ([ids[at : at + 16], ids[:1]], [scale[at : at + 16], scale[:1]])
+        got, expected = feed(session, *rows), feed(reference, *rows)
+        assert session.capacity == 96
+        assert np.abs(got.logits[0] - expected.logits[0]).max() <= 1e-5
+    assert np.abs(got.logits[0]).max() > 0.1
+    with pytest.raises(InputError, match=r"engine's context; got 81; need at most 80"):
+        feed(session, [[1], [1]], [scale[:1], scale[:1]])
+    session.close()
+    reference.close()
 
 
 MISFITS = {
