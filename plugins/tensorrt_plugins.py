@@ -27,7 +27,9 @@ def register(trt: Any, names: Collection[str] = OPERATORS, kernels: Callable[[],
 
 
 def unregister(trt: Any) -> None:
-    """Forget both."""
+    """Forget both; TensorRT is not even asked where none was ever made."""
+    if not creators.cache_info().currsize:
+        return
     registry = trt.get_plugin_registry()
     for name in OPERATORS:
         if (creator := registry.get_creator(name, VERSION, DOMAIN)) is not None:

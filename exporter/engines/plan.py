@@ -143,7 +143,8 @@ def allow_any_attention(network: Any, trt: Any) -> None:
 def registered(trt: Any, plugins: Collection[str]) -> Iterator[None]:
     """Just these of ours are known to TensorRT: one that it knows it would prefer to the operator's function."""
     unregister(trt)
-    register(trt, plugins)
+    if plugins:
+        register(trt, plugins)
     try:
         yield
     finally:
