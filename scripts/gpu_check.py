@@ -296,14 +296,18 @@ def torch_section(name: str, model: Path) -> Section:
 
 def plugin_section(name: str) -> Section:
     """The kernels through the plugin classes, against numpy; what they change in a model is in the models' sections."""
-    from scripts.gpu_kernels import check_kernels
+    from plugins.operators import DTYPES
     from scripts.gpu_machine import installed_targets
 
     require_packages(CUDA, *(() if installed_targets() else ("tensorrt",)))  # either TensorRT serves
+    from scripts.gpu_kernels import check_kernels
+
     rows, wrong = check_kernels()
     if wrong:
         return Section(name, Status.FAILED, "; ".join(wrong), tuple(rows))
-    return Section(name, Status.OK, rows=tuple(rows))
+    missing = set(DTYPES) - {row["dtype"] for row in rows}
+    why = f"this GPU does not compute in {', '.join(missing)}" if missing else ""
+    return Section(name, Status.OK, why, tuple(rows))
 
 
 def tests_section(name: str) -> Section:

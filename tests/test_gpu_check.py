@@ -18,6 +18,7 @@ import pytest
 import scripts.gpu_check
 import scripts.gpu_machine
 from exporter.engines import link
+from plugins.operators import DTYPES
 from runtime.command import run_command
 from runtime.engines import Target
 from runtime.errors import InputError, MachineError, NumericError
@@ -391,6 +392,15 @@ def test_all_that_the_gpu_tests_import_is_asked_for_first() -> None:
     ours = {"exporter", "plugins", "runtime", "scripts", "tests"}
     optional = {"tensorrt", "tensorrt_rtx", "cuda", "__future__"}  # the tests say so themselves
     assert foreign - ours - optional - set(sys.stdlib_module_names) == {name.split(".")[0] for name in TEST_PACKAGES}
+
+
+def test_plugins_are_built_in_every_dtype() -> None:
+    from scripts import gpu_models
+    from tests.gpu import test_engines_on_gpu
+
+    for builds in (gpu_models.BUILDS, test_engines_on_gpu.BUILDS):
+        plugins = [settings for settings in builds.values() if "gate_op" in settings and "site_op" in settings]
+        assert {settings.get("dtype", "float32") for settings in plugins} == set(DTYPES)
 
 
 @pytest.mark.parametrize(
