@@ -126,7 +126,7 @@ def joined(*paths: str) -> str:
 
 def again(args: argparse.Namespace) -> list[str]:
     """This command, for another process."""
-    return [sys.executable, str(Path(__file__).resolve()), *args.words]
+    return [sys.executable, "-P", str(Path(__file__).resolve()), *args.words]
 
 
 def lacks_link() -> bool:

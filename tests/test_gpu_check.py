@@ -255,7 +255,6 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A machine with a GPU on which no section has anything to do."""
     card = SimpleNamespace(name="RTX 4090", compute_capability="8.9", driver="13.0")
     on(monkeypatch, card)
-    monkeypatch.setattr(scripts.gpu_check, "lacks_link", lambda: False)
     monkeypatch.setattr(scripts.gpu_check, "find_models", lambda out: [])
     return card
 
@@ -273,6 +272,7 @@ def test_the_report_is_there_after_every_section(
         return Section(name, Status.FAILED if name == "plugin kernels" else Status.NOT_RUN, "why")
 
     monkeypatch.setattr(scripts.gpu_check, "attempt", attempted)
+    monkeypatch.setattr(scripts.gpu_check, "lacks_link", lambda: False)
     (tmp_path / "report.json").write_text('{"sections": [{"name": "of an older run"}], "is_complete": true}')
     assert main(["--out", str(tmp_path), "--limit", "7"]) == 2
     names = ["memory bandwidth", "TensorRT", "plugin kernels", "gpu tests"]
@@ -286,7 +286,6 @@ def test_a_missing_link_restarts_the_command_once(
     machine: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process started finds the library, in a folder that the loader is told of, and none in the current one."""
-    monkeypatch.undo()  # `lacks_link` itself
     on(monkeypatch, machine, Target.TRT_RTX)
     monkeypatch.setattr(link, "is_linked", lambda target: False)
     (library := tmp_path / "libtensorrt_rtx.so.1").touch()
@@ -306,7 +305,7 @@ def test_a_missing_link_restarts_the_command_once(
     monkeypatch.setattr(link.subprocess, "run", run)
     assert main(["--out", str(tmp_path / "out")]) == 42
     assert [command[1:] for command in runs] == [
-        [str(ROOT / "scripts" / "gpu_check.py"), "--out", str(tmp_path / "out")]
+        ["-P", str(ROOT / "scripts" / "gpu_check.py"), "--out", str(tmp_path / "out")]
     ]
     assert not (tmp_path / "out").exists()
 
@@ -407,7 +406,7 @@ def test_plugins_are_built_in_every_dtype() -> None:
     ("python", "answer"),
     [
         ("no-such-python", "error: PYTHON=no-such-python is not there\n"),
-        ("fake-python", "fake it is: "),
+        ("fake-python", "fake it is: -P "),
         (__file__, ""),
     ],
 )
