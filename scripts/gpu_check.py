@@ -6,22 +6,23 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.command import run_command
-from runtime.errors import InputError, MachineError, UserError
+from runtime.errors import InputError, MachineError
+from scripts.gpu_attempt import CUDA, LIMIT, attempt, missing_packages, require_packages, require_provider
 from scripts.gpu_kit import LIBRARIES, MODELS, SITE, fetch_packages, kit_digest, pack, read_pins, unpack
 from scripts.gpu_report import Report, Section, Status, write_report
 
@@ -30,12 +31,20 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 UNPACKED = "XLORA_GPU_KIT"  # set for the process that runs from an unpacked kit
+# What bundles and recordings are made from.
+SOURCES = ("exporter", "plugins", "runtime", "scripts/gpu_models.py", "examples/four-tasks")
 PACKAGES = ("tensorrt", "tensorrt-rtx-cu13", "cuda-bindings", "numpy", "torch", "onnxruntime", "onnxruntime-gpu")
+# What the tests marked `gpu` import, and PEFT, which makes their checkpoint.
+TEST_PACKAGES = (
+    "pytest", "numpy", "torch", "transformers", "peft", "safetensors", "tokenizers", "huggingface_hub",
+    "google.protobuf", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "polygraphy", "pydantic", "filelock", "rich",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 all that ran was right, 2 something was wrong, 3 no GPU."""
     args = parser().parse_args(argv)
+    args.words = list(sys.argv[1:] if argv is None else argv)
     command = make_kit if args.pack else check
     return run_command(lambda: command(args), packages=".[engine,trt-rtx]")
 
@@ -49,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     add("--with-runtime", action="store_true", help="also numpy, pydantic and tokenizers (with --pack)")
     add("--fast", action="store_true", help="pack in seconds, a larger kit (with --pack)")
     add("--kit", type=Path, metavar="KIT", help="run from this kit")
+    add("--limit", type=float, default=LIMIT, metavar="SECONDS", help=f"for each section; {LIMIT:g} unless given")
     add("--out", type=Path, default=ROOT / "out" / "gpu_check", metavar="DIR", help="where the report goes")
     return parser
 
@@ -79,26 +89,62 @@ def check(args: argparse.Namespace) -> int:
         if gpu() is None:
             raise MachineError(NO_GPU, fix="run this on the GPU machine; scripts/gpu_check --pack KIT prepares for one")
     if args.kit and UNPACKED not in os.environ:
-        return restart_in_kit(args.kit, args.out)
+        return restart_in_kit(args)
+    if lacks_link():
+        from exporter.engines.link import run_with_link
+
+        return run_with_link(again(args))
     report = Report(machine_facts())
     models = find_models(args.out)
-    run_all(report, models)
+    write_report(report, args.out)  # an older one is no word of this run
+    for section in sections(models, args.limit):
+        report.sections.append(section)
+        write_report(report, args.out)
+    report.is_complete = True
     for path in write_report(report, args.out):
         print(path)
     return InputError.exit_code if report.has_failed else 0
 
 
-def restart_in_kit(kit: Path, out: Path) -> int:
+def restart_in_kit(args: argparse.Namespace) -> int:
     """The same command with the kit's packages; the loader reads LD_LIBRARY_PATH only when a process starts."""
-    folder = out / f"kit-{kit_digest(kit)}"
+    folder = args.out / f"kit-{kit_digest(args.kit)}"
     if not folder.exists():
-        unpack(kit, folder)
+        unpack(args.kit, folder)
     environment = os.environ | {
         UNPACKED: str(folder),
         "PYTHONPATH": os.pathsep.join([str(folder / SITE), str(ROOT)]),
-        "LD_LIBRARY_PATH": os.pathsep.join([str(folder / LIBRARIES), os.environ.get("LD_LIBRARY_PATH", "")]),
+        "LD_LIBRARY_PATH": joined(str(folder / LIBRARIES), os.environ.get("LD_LIBRARY_PATH", "")),
     }
-    return subprocess.run([sys.executable, *sys.argv], env=environment, check=False).returncode
+    return subprocess.run(again(args), env=environment, check=False).returncode
+
+
+def joined(*paths: str) -> str:
+    """A search path without empty entries, which would be the current folder."""
+    return os.pathsep.join(entry for path in paths for entry in path.split(os.pathsep) if entry)
+
+
+def again(args: argparse.Namespace) -> list[str]:
+    """This command, for another process."""
+    return [sys.executable, "-P", str(Path(__file__).resolve()), *args.words]
+
+
+def lacks_link() -> bool:
+    """Whether TensorRT for RTX would end a process that adds a plugin, and a restart has not been tried."""
+    from runtime.engines import Target
+
+    if missing_packages([Target.TRT_RTX.module, "filelock"]):  # without filelock no engine is built at all
+        return False
+    from exporter.engines.link import PREFIX, is_linked, library
+
+    if is_linked(Target.TRT_RTX) or PREFIX in os.environ.get("LD_LIBRARY_PATH", ""):
+        return False
+    try:
+        library()
+    except MachineError as error:  # the sections with plugins will fail, the others need no link
+        tell(str(error))
+        return False
+    return True
 
 
 def find_models(out: Path) -> list[Path]:
@@ -109,12 +155,25 @@ def find_models(out: Path) -> list[Path]:
         raise MachineError("nothing to check: no kit, and no torch to make models with", fix="--kit KIT")
     from scripts.gpu_models import make_models
 
-    folder = out / MODELS
+    folder = out / f"{MODELS}-{sources_digest()}"
     if not folder.exists():
-        part = folder.with_name(f"{MODELS}.part")
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was ended
         make_models(part, tell)
         part.rename(folder)
     return sorted(folder.iterdir())
+
+
+def sources_digest(root: Path = ROOT) -> str:
+    """What tells models from those of other sources."""
+    digest = hashlib.sha256()
+    for source in SOURCES:
+        place = root / source
+        files = [place] if place.is_file() else sorted(place.rglob("*"))
+        for path in (path for path in files if path.is_file() and "__pycache__" not in path.parts):
+            digest.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def machine_facts() -> dict[str, str]:
@@ -142,59 +201,38 @@ def driver_version() -> str:
         return "not known (no nvidia-smi)"
 
 
-def run_all(report: Report, models: Sequence[Path]) -> None:
-    """Section by section; what fails stops nothing else."""
+def sections(models: Sequence[Path], limit: float) -> Iterator[Section]:
+    """One after the other; what fails stops nothing else."""
     from scripts.gpu_machine import gpu, installed_targets, is_listed
+
+    def tried(name: str, run: Callable[..., Section], *words: object) -> Section:
+        tell(name)
+        return attempt(name, run, *words, limit=limit)
 
     found = gpu()
     assert found is not None
-    bandwidth = attempt("memory bandwidth", memory_bandwidth)
-    report.sections.append(bandwidth)
+    bandwidth = tried("memory bandwidth", memory_bandwidth)
+    yield bandwidth
     speed = float(bandwidth.rows[0]["bytes a second"]) if bandwidth.rows else None
     for target in installed_targets():
         for model in models:
-            section = attempt(f"{target} {model.name}", engine_section, model, target, speed)
+            section = tried(f"{target} {model.name}", engine_section, model, target, speed)
             if section.status is Status.FAILED and not is_listed(target, found):
                 unlisted = f"{target.product} does not list compute capability {found.compute_capability}"
-                section = Section(section.name, Status.NOT_RUN, f"{unlisted}; tried: {section.why}")
-            report.sections.append(section)
+                section = replace(section, status=Status.NOT_RUN, why=f"{unlisted}; tried: {section.why}")
+            yield section
     if not installed_targets():
-        report.sections.append(
-            Section("TensorRT", Status.NOT_RUN, "neither TensorRT nor TensorRT for RTX is installed")
-        )
+        yield Section("TensorRT", Status.NOT_RUN, "neither TensorRT nor TensorRT for RTX is installed")
     for model in models:
-        report.sections.append(attempt(f"onnxruntime cuda {model.name}", ort_section, model, speed))
-        report.sections.append(attempt(f"torch {model.name}", torch_section, model))
-    report.sections.append(attempt("plugin kernels", plugin_section))
-    report.sections.append(attempt("gpu tests", tests_section))
-
-
-def attempt(name: str, run: Callable[..., Section], *words: object) -> Section:
-    """One section in a process of its own: TensorRT and drivers may crash, and memory is given back."""
-    tell(name)
-    try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(told, run, name, *words).result()
-    except BrokenProcessPool:
-        return Section(name, Status.FAILED, "the process died")
-
-
-def told(run: Callable[..., Section], name: str, *words: object) -> Section:
-    """The section, or why there is none."""
-    try:
-        return run(name, *words)
-    except MachineError as error:
-        return Section(name, Status.NOT_RUN, str(error))
-    except ModuleNotFoundError as error:
-        return Section(name, Status.NOT_RUN, f"not installed: {error.name}")
-    except UserError as error:
-        return Section(name, Status.FAILED, str(error))
-    except Exception as error:  # noqa: BLE001 - whatever it was, the other sections go on
-        return Section(name, Status.FAILED, f"{type(error).__name__}: {error}")
+        yield tried(f"onnxruntime cuda {model.name}", ort_section, model, speed)
+        yield tried(f"torch {model.name}", torch_section, model)
+    yield tried("plugin kernels", plugin_section)
+    yield tried("gpu tests", tests_section)
 
 
 def memory_bandwidth(name: str) -> Section:
     """What copies on the device reach."""
+    require_packages(CUDA)
     from scripts.gpu_timing import measure_bandwidth
 
     return Section(name, Status.OK, rows=({"bytes a second": measure_bandwidth()},))
@@ -202,6 +240,7 @@ def memory_bandwidth(name: str) -> Section:
 
 def engine_section(name: str, model: Path, target: Target, bandwidth: float | None) -> Section:
     """Build the engine for this GPU, compare it with the recording, time it."""
+    require_packages(target.module, CUDA, "filelock")
     from exporter.engines import EngineSpec, build_engines
     from runtime.bundle import open_bundle
     from scripts.gpu_kit import BUNDLE
@@ -216,6 +255,9 @@ def engine_section(name: str, model: Path, target: Target, bandwidth: float | No
 
 def ort_section(name: str, model: Path, bandwidth: float | None) -> Section:
     """The same on ONNX Runtime's CUDA provider, where it is installed."""
+    from runtime.backends.ort import PROVIDERS
+
+    require_provider(PROVIDERS["cuda"][0])
     return compared_and_timed(name, model, bandwidth, provider="cuda")
 
 
@@ -254,20 +296,24 @@ def torch_section(name: str, model: Path) -> Section:
 
 def plugin_section(name: str) -> Section:
     """The kernels through the plugin classes, against numpy; what they change in a model is in the models' sections."""
+    from plugins.operators import DTYPES
+    from scripts.gpu_machine import installed_targets
+
+    require_packages(CUDA, *(() if installed_targets() else ("tensorrt",)))  # either TensorRT serves
     from scripts.gpu_kernels import check_kernels
 
     rows, wrong = check_kernels()
     if wrong:
         return Section(name, Status.FAILED, "; ".join(wrong), tuple(rows))
-    return Section(name, Status.OK, rows=tuple(rows))
+    missing = set(DTYPES) - {row["dtype"] for row in rows}
+    why = f"this GPU does not compute in {', '.join(missing)}" if missing else ""
+    return Section(name, Status.OK, why, tuple(rows))
 
 
 def tests_section(name: str) -> Section:
     """Every test marked `gpu`."""
-    missing = [module for module in ("pytest", "torch", "transformers") if not find_spec(module)]
-    if missing:
-        return Section(name, Status.NOT_RUN, f"not installed: {', '.join(missing)}")
-    words = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "tests"]
+    require_packages(*TEST_PACKAGES)
+    words = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "tests/gpu"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     last = (done.stdout.strip().splitlines() or ["no output"])[-1]
     if done.returncode:

@@ -250,7 +250,9 @@ def read_pins(path: Path) -> dict[str, str]:
 
 
 def _pip(*words: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "pip", *words, "--quiet"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pip", *words, "--quiet"], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise MachineError(f"pip {words[0]} {words[-1]} failed", got=lines[-1], need="a package index", code="E_KIT")

@@ -27,6 +27,7 @@ BUILDS: dict[str, dict[str, Any]] = {
     "dynamic-bfloat16": {"dtype": DType.BFLOAT16},
     "plugins-float32": {"gate_op": OpChoice.PLUGIN, "site_op": OpChoice.PLUGIN},
     "plugins-float16": {"gate_op": OpChoice.PLUGIN, "site_op": OpChoice.PLUGIN, "dtype": DType.FLOAT16},
+    "plugins-bfloat16": {"gate_op": OpChoice.PLUGIN, "site_op": OpChoice.PLUGIN, "dtype": DType.BFLOAT16},
     "modern-float16": {"dtype": DType.FLOAT16, "emit": Emit.MODERN},
     "static-float32": {"modes": (Mode.STATIC,), "mix": {"add": 0.4, "reverse": 0.3, "sort": 0.2, "cipher": 0.1}},
 }

@@ -35,6 +35,7 @@ class Report:
 
     machine: dict[str, str]
     sections: list[Section] = field(default_factory=list)
+    is_complete: bool = False  # False while it is written section by section, and when it was ended early
 
     @property
     def has_failed(self) -> bool:
@@ -56,6 +57,8 @@ def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
 def render(report: Report) -> str:
     """The page."""
     lines = ["# GPU report", "", *(f"- {name}: {value}" for name, value in report.machine.items()), ""]
+    if not report.is_complete:
+        lines += ["**Not complete: more sections were to follow.**", ""]
     lines += ["| section | result | why |", "|---|---|---|"]
     lines += [f"| {s.name} | {s.status} | {_cell(s.why)} |" for s in report.sections]
     for section in report.sections:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from plugins.tensorrt_plugins import register
 from runtime.engines import Target
 from runtime.signature import CACHE_LENGTHS, GATE, INPUT_IDS, LOGIT_INDEX, LOGITS, POSITION_IDS, SCALINGS, Signature
 
@@ -64,14 +66,27 @@ def ort_runner(graph: Path) -> Runner:
     return OnnxrtRunner(SessionFromOnnx(str(graph), providers=["CPUExecutionProvider"]), name=graph.parent.name)
 
 
-def trt_runner(plan: bytes, target: Target, profile: int) -> Runner:
-    """An engine on this machine's GPU, under one of its profiles."""
+def why_no_trt_runner() -> str | None:
+    """Polygraphy copies by the CUDA runtime, which neither TensorRT nor the driver brings; None where it is there."""
+    from polygraphy import cuda
+
+    try:
+        cuda.wrapper()  # loads the library and does nothing else
+    except OSError as error:
+        return f"Polygraphy finds no CUDA runtime ({error})"
+    return None
+
+
+def trt_runner(plan: bytes, target: Target, profile: int, plugins: Collection[str] = ()) -> Runner:
+    """An engine on this machine's GPU, under one of its profiles; `plugins` are those that its plan needs."""
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(target is Target.TRT_RTX))
     from polygraphy import config
 
     config.USE_TENSORRT_RTX = target is Target.TRT_RTX  # read from the environment once, maybe before now
     from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 
+    if plugins:
+        register(import_module(target.module), plugins)
     return TrtRunner(EngineFromBytes(plan), name=str(target), optimization_profile=profile)
 
 

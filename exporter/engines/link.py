@@ -41,7 +41,12 @@ def require_link(target: Target) -> None:
 
 
 def run_linked(arguments: Sequence[str]) -> int:
-    """Run this command again in a process that finds the link; the loader reads its path at the start only."""
+    """Run this command again in a process that finds the link."""
+    return run_with_link([sys.executable, "-P", "-m", "exporter", *arguments])
+
+
+def run_with_link(command: Sequence[str]) -> int:
+    """Run a command of this tree so that it finds the link; the loader reads its path at a process's start only."""
     if PREFIX in os.environ.get("LD_LIBRARY_PATH", ""):  # it was of no use, and would be of none again
         require_link(Target.TRT_RTX)
     with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
@@ -49,7 +54,6 @@ def run_linked(arguments: Sequence[str]) -> int:
         root = str(Path(__file__).parents[2])
         paths = {"LD_LIBRARY_PATH": folder, "PYTHONPATH": root}
         added = {name: os.pathsep.join(filter(None, [path, os.environ.get(name)])) for name, path in paths.items()}
-        command = [sys.executable, "-P", "-m", "exporter", *arguments]
         return subprocess.run(command, env={**os.environ, **added}, check=False).returncode
 
 

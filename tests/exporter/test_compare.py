@@ -128,10 +128,18 @@ def answered(folder: Path, graph: GraphInfo, recording: Recording) -> list[list[
 
 
 def caught_in(recordings: Recorded, answers: Sequence[Sequence[Answer]]) -> dict[str, set[str]]:
-    """By dtype: which measures of the same answers are red under that dtype's limits."""
+    """By dtype: which measures of the same answers are red under that dtype's limits, PyTorch's noise accepted or not.
+
+    The checks on a GPU always accept it, and a GPU's own limits are the wider ones.
+    """
     return {
-        dtype.value: {check.name for check in judge(recording, answers, is_cpu=True).checks if not check.passed}
+        f"{dtype.value}{', noise accepted' if accept else ''}": {
+            check.name
+            for check in judge(recording, answers, is_cpu=not accept, accept_noise=accept).checks
+            if not check.passed
+        }
         for dtype in DType
+        for accept in (False, True)
         for recording in [getattr(recordings, dtype.value)]
     }
 
