@@ -73,7 +73,7 @@ class Bench:
                     raise RuntimeError(f"{plugin.plugin_name} did not run: its log line says why")
 
         try:
-            self.device.synchronize()
+            self.device.synchronize()  # no copy is left to be timed
             launch(1)  # loads the kernels, which no capture allows, and fails if it must
             seconds, how = self._timed(partial(launch, LAUNCHES))
             self.device.download(result, answer)
