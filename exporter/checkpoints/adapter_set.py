@@ -26,7 +26,7 @@ from runtime.errors import InputError, raise_all
 from runtime.manifest import AdapterKind, TopkSoftmax
 
 UNGATEABLE = {
-    AdapterKind.DORA: "it divides the changed weight by its norm, which is not linear in the gate's scalings",
+    AdapterKind.DORA: "DoRA divides the changed weight by its norm, which is not linear in the gate's scalings",
     AdapterKind.ADALORA: "PEFT's X-LoRA takes LoRA experts only, so no gate was trained with it",
 }
 
@@ -118,7 +118,7 @@ def _ungateable(bindings: Sequence[Binding], folders: Sequence[LoraFolder]) -> I
         where = f"expert {names[folder.folder]} ({shown_path(folder.folder)})"
         fix = "train the expert as a plain LoRA, or build it without the gate"
         if reason := UNGATEABLE.get(folder.fields.kind):
-            what = f"a gate cannot mix a {folder.fields.kind} expert: {reason}"
+            what = f"a gate cannot mix {folder.fields.kind} experts: {reason}"
             yield ExportError(what, where=where, fix=fix, code="E_UNSUPPORTED")
         if folder.replacements:
             what = "a gate cannot mix an expert that replaces weights of the base"
