@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from runtime.manifest import TopkSoftmax
+from runtime.manifest import AdapterKind, TopkSoftmax
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,22 +16,38 @@ class LoraDelta:
     """One expert's update of one module: delta(x) = scale * (x aT) bT.
 
     Linear: a [r, in], b [out, r]. Embedding: a [r, vocab], b [dim, r], looked up by token id.
-    `scale` is lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA (PEFT LoraLayer.update_layer).
+    `scale` is lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA (PEFT LoraLayer.update_layer). AdaLoRA: a holds the
+    singular values, scale is lora_alpha / (init_r + 1e-5).
+    DoRA: `magnitude` [out] (embedding: [dim]) is the length each output's weights get, W' = m * (W + delta) / norm.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     scale: float
+    magnitude: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """New values of one weight of the base: of all of it, or of the `rows` (token ids) of an embedding or head."""
+
+    values: torch.Tensor
+    rows: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Expert:
-    """One LoRA: our name, and its deltas by Hugging Face module path ("model.layers.0.self_attn.q_proj")."""
+    """One adapter: our name, and its deltas by Hugging Face module path ("model.layers.0.self_attn.q_proj").
+
+    `replacements` by parameter name ("lm_head.weight"): not linear in the expert's weight, so for static builds only.
+    """
 
     name: str
     deltas: Mapping[str, LoraDelta]
     key: str  # the gate config's key ("0".."n-1" in PEFT), or the name without a gate
     folder: Path
+    kind: AdapterKind = AdapterKind.LORA
+    replacements: Mapping[str, Replacement] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +76,7 @@ class Origin:
     """Where one part of the set was read from, and what that checkpoint says of its base.
 
     `is_target(path)` is the checkpoint's own rule for which modules it adapts; None where it states none.
+    `is_saved(path)` tells which modules of the base it replaces as a whole.
     """
 
     role: str  # gate | expert:NAME, as in SourceInfo
@@ -67,6 +84,7 @@ class Origin:
     files: tuple[Path, ...]
     base_name: str | None = None
     is_target: Callable[[str], bool] | None = None
+    is_saved: Callable[[str], bool] = lambda _: False
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,16 @@ from exporter.reference import Reference
 from exporter.rounding import require_half_range, require_rounded, round_model
 from exporter.sites import Site, SiteKind, stack
 from exporter.spec import BuildSpec, CacheChoice, DType, OpChoice
-from exporter.static import folded_weights, mix_row, rounded_weights, untied
+from exporter.static import (
+    folded_weights,
+    mix_row,
+    replaced_weights,
+    replacements_of,
+    require_foldable,
+    require_switchable,
+    rounded_weights,
+    untied,
+)
 from exporter.store import WeightStore
 from exporter.tokenizer import load_tokenizer, write_tokenizer
 from exporter.verification import Verification
@@ -137,7 +146,13 @@ def read_inputs(spec: BuildSpec) -> Inputs:
         check_half_range(adapters)
     if spec.mix is not None:
         mix_row(spec.mix, [expert.name for expert in adapters.experts])
+        require_foldable(spec.mix, adapters.experts)
+    if Mode.DYNAMIC in spec.modes:
+        require_switchable(adapters.experts)
     touched = {path for expert in adapters.experts for path in expert.deltas}
+    touched |= {
+        name.rpartition(".")[0] for e in adapters.experts for name, new in e.replacements.items() if not new.rows
+    }
     odd = mix_note(spec.mix or {})
     mixed = (odd,) if odd else ()
     return Inputs(adapters, base, (*adapters.notes, *base.notes, *notes, *untying_notes(base, touched), *mixed))
@@ -187,7 +202,7 @@ def load_parts(inputs: Inputs, gate_op: OpChoice = OpChoice.OPS) -> Parts:
         inputs,
         model,
         kinds,
-        stack(inputs.adapters, kinds),
+        stack(inputs.adapters, kinds, model),
         None if gate is None else GATES[gate_op](gate, len(inputs.adapters.experts)),
     )
 
@@ -235,8 +250,11 @@ def export_static(
     shape = signature_shape(model, 0, 0, gate=False, dtype=dtype, cache=cache_style(spec))
     sites = [site for site in parts.sites if (row @ site.weights).any()]
     torch_dtype = getattr(torch, dtype.value)
-    changed = rounded_weights(twin, torch_dtype) if twin else folded_weights(model, sites, row)
-    with untied(model, sites) as partners:
+    new = replacements_of(parts.inputs.adapters.experts, row)
+    changed = folded_weights(model, sites, row) | replaced_weights(model, new)
+    if twin:
+        changed = rounded_weights(twin, torch_dtype)
+    with untied(model, sites, [name for name in new if new[name].rows is None]) as partners:
         plan = GraphPlan("static", signature_from_shape(shape), spec.emit, changed=changed, partners=partners)
         return Exported(graph_info(plan, Mode.STATIC, spec.mix), export_graph(model, plan, store), store)
 
@@ -353,6 +371,7 @@ def describe(
                 folder=expert.folder.resolve().name,
                 rank=max((delta.a.shape[0] for delta in expert.deltas.values()), default=0),
                 sites=len(expert.deltas),
+                kind=expert.kind,
             )
             for column, expert in enumerate(adapters.experts)
         ),

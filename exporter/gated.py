@@ -18,7 +18,7 @@ from exporter.sites import Site, SiteKind
 class StepState:
     """What gated modules and the head read and leave during one forward of the traced model."""
 
-    columns: Sequence[torch.Tensor] = ()  # per group [B, S, R]: the factor of every rank column
+    columns: Sequence[torch.Tensor] = ()  # per group [B, S, R]: the factor of every rank column; then DoRA's scalings
     logit_index: torch.Tensor | None = None  # [B, K]
     hidden: torch.Tensor | None = None  # [B, S, H] after the final norm
     down: dict[int, tuple[torch.Tensor, Sequence[torch.Tensor]]] = field(default_factory=dict)  # per group: x, parts
@@ -28,19 +28,24 @@ class Columns(nn.Module):
     """scalings [B, S, G, E] -> the factors s . weights of every rank column, of all groups in one lookup.
 
     A column belongs to one expert, so weights [E, R] has one entry a column: its place `index` and its value `scale`.
+    After the groups come the sites with DoRA: the plain scalings of their DoRA experts, [B, S, D] each.
     """
 
     def __init__(self, groups: Sequence[Sequence[Site]], experts: int, *, shared: bool) -> None:
         super().__init__()
         sites = [site for group in groups for site in group]
-        index = [site.weights.abs().argmax(0) + (0 if shared else site.index * experts) for site in sites]
+        switched = [site for site in sites if site.doras]
+        columns = [(site, site.weights.abs().argmax(0), site.weights.sum(0)) for site in sites]
+        columns += [(site, torch.tensor(site.doras), torch.ones(len(site.doras))) for site in switched]
+        index = [column + (0 if shared else site.index * experts) for site, column, _ in columns]
         self.index = nn.Parameter(torch.cat(index), requires_grad=False)
-        self.scale = nn.Parameter(torch.cat([site.weights.sum(0) for site in sites]), requires_grad=False)
-        self.ranks = [sum(site.weights.shape[1] for site in group) for group in groups]
+        self.scale = nn.Parameter(torch.cat([scale for _, _, scale in columns]), requires_grad=False)
+        self.sizes = [sum(site.weights.shape[1] for site in group) for group in groups]
+        self.sizes += [len(site.doras) for site in switched]
 
     def forward(self, scalings: torch.Tensor) -> Sequence[torch.Tensor]:
-        factors = scalings.flatten(2).index_select(2, self.index) * self.scale  # [B, S, sum of R]
-        return factors.split(self.ranks, dim=-1)
+        factors = scalings.flatten(2).index_select(2, self.index) * self.scale  # [B, S, sum of sizes]
+        return factors.split(self.sizes, dim=-1)
 
 
 class Down(nn.Module):
@@ -137,6 +142,36 @@ class PluginModule(GatedModule):
         return gated_low_rank(self.base(x), x, self.down.lora_a, self.lora_b, self.down.factors())
 
 
+class DoraModule(nn.Module):
+    """A gated module whose output, but for the bias, a DoRA expert rescales: y + (y - bias) * (s . (out_scale - 1)).
+
+    With s one-hot that is out_scale * (W x + update) + bias; rows of other experts and of the base stay bit for bit.
+    """
+
+    def __init__(self, gated: GatedModule, site: Site, number: int, state: StepState) -> None:
+        super().__init__()
+        assert site.out_scale is not None
+        self.gated = gated
+        self.path = site.path
+        self.is_picked = site.kind is SiteKind.LM_HEAD
+        self.number = number  # among state.columns
+        self.state = state
+        self.out_shift = nn.Parameter((site.out_scale - 1).to(gated.lora_b.dtype), requires_grad=False)  # [D, out]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.gated(x)
+        bias = getattr(self.gated.base, "bias", None)
+        return y + (y if bias is None else y - bias) * (self.scalings().to(y.dtype) @ self.out_shift)
+
+    def scalings(self) -> torch.Tensor:
+        """Those of the site's DoRA experts [B, S, D], at the picked positions for lm_head."""
+        scalings = self.state.columns[self.number]
+        if not self.is_picked:
+            return scalings
+        assert self.state.logit_index is not None
+        return pick(scalings, self.state.logit_index)
+
+
 PLAIN_PRODUCTS = (nn.Linear.forward, Conv1D.forward)  # a subclass may do more than W x + bias
 DOWN: Mapping[SiteKind, type[Down]] = {
     SiteKind.LINEAR: Down,
@@ -148,15 +183,19 @@ DOWN: Mapping[SiteKind, type[Down]] = {
 
 def gated_modules(
     bases: Mapping[str, nn.Module], groups: Sequence[Sequence[Site]], state: StepState, *, with_plugin: bool = False
-) -> dict[str, GatedModule]:
+) -> dict[str, GatedModule | DoraModule]:
     """Path -> the module that stands in for the base module there; with a plugin every group is of one site."""
-    modules: dict[str, GatedModule] = {}
+    modules: dict[str, GatedModule | DoraModule] = {}
+    switched = [site.path for group in groups for site in group if site.doras]  # the order of Columns
     for number, group in enumerate(groups):
         dtype = next(bases[group[0].path].parameters()).dtype
         down = DOWN[group[0].kind](group, number, state, dtype)
         for place, site in enumerate(group):
             base = bases[site.path]
-            modules[site.path] = _gated_class(base, site, with_plugin=with_plugin)(base, site, down, place)
+            gated = _gated_class(base, site, with_plugin=with_plugin)(base, site, down, place)
+            modules[site.path] = gated
+            if site.doras:
+                modules[site.path] = DoraModule(gated, site, len(groups) + switched.index(site.path), state)
     return modules
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from exporter.dynamic import TracedModel, traced_model
 from exporter.errors import ExportError
 from exporter.gate import Gate
-from exporter.gated import Down, GatedModule, PluginModule
+from exporter.gated import DoraModule, Down, GatedModule, PluginModule
 from exporter.passes.pipeline import run_passes
 from exporter.sites import Site
 from exporter.spec import OpChoice
@@ -105,7 +105,8 @@ def initializers(graph: ir.Model, tensors: Mapping[str, Weight]) -> dict[str, tu
 
 
 def named_weights(base_names: Mapping[int, str], traced: TracedModel) -> dict[str, tuple[str, torch.Tensor]]:
-    """Traced name -> (our name, tensor): base names as in the checkpoint; SITES.lora_a, SITE.lora_b, columns.*, gate.*.
+    """Traced name -> (our name, tensor): base names as in the checkpoint; SITES.lora_a, SITE.lora_b, SITE.out_shift,
+    columns.*, gate.*.
 
     `base_names` maps parameter identity to its name in the plain model; a tied weight is one under its first name.
     """
@@ -113,6 +114,8 @@ def named_weights(base_names: Mapping[int, str], traced: TracedModel) -> dict[st
     for module in traced.modules():
         if isinstance(module, Down):
             names[id(module.lora_a)] = f"{module.path}.lora_a"
+        elif isinstance(module, DoraModule):
+            names[id(module.out_shift)] = f"{module.path}.out_shift"
         elif isinstance(module, GatedModule):
             names[id(module.lora_b)] = f"{module.path}.lora_b{TRANSPOSED if isinstance(module, PluginModule) else ''}"
     return {

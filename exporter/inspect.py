@@ -23,12 +23,12 @@ class InspectReport:
     path: Path
     kind: str
     facts: list[tuple[str, str]] = field(default_factory=list)
-    experts: list[tuple[str, ...]] = field(default_factory=list)  # column, name, key, rank, modules, scale, folder
+    experts: list[tuple[str, ...]] = field(default_factory=list)  # as in EXPERT_HEADER
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
-EXPERT_HEADER = ("column", "name", "key", "rank", "modules", "scale", "folder")
+EXPERT_HEADER = ("column", "name", "key", "kind", "rank", "modules", "scale", "folder")
 
 
 def inspect_checkpoint(path: Path) -> InspectReport:
@@ -68,7 +68,7 @@ def render(report: InspectReport) -> str:
 def _kind_of(path: Path) -> str:
     if is_folder(path) and not is_file(path / PEFT_CONFIG) and not is_file(path / ORIGINAL_CONFIG):
         return "base model" if is_file(path / "config.json") else "no checkpoint"
-    layouts = {Layout.PEFT: "X-LoRA (PEFT layout)", Layout.ORIGINAL: "X-LoRA (original layout)", None: "LoRA"}
+    layouts = {Layout.PEFT: "X-LoRA (PEFT layout)", Layout.ORIGINAL: "X-LoRA (original layout)", None: "adapter"}
     return layouts[layout_of(path)] if is_folder(path) else "no folder"
 
 
@@ -93,7 +93,8 @@ def _expert_row(column: int, expert: Expert) -> tuple[str, ...]:
     ranks = sorted({delta.a.shape[0] for delta in expert.deltas.values()})
     scales = sorted({round(delta.scale, 4) for delta in expert.deltas.values()})
     return (
-        str(column), expert.name, expert.key, _span(ranks), str(len(expert.deltas)), _span(scales), str(expert.folder)
+        str(column), expert.name, expert.key, expert.kind.value, _span(ranks), str(len(expert.deltas)), _span(scales),
+        str(expert.folder),
     )  # fmt: skip
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from exporter.adapters import AdapterSet, Expert, GateConfig, LoraDelta
+from exporter.adapters import AdapterSet, Expert, GateConfig, LoraDelta, Replacement
 from exporter.dynamic import replaced
 from exporter.sites import SiteKind
 from runtime.manifest import TopkSoftmax
@@ -37,7 +38,10 @@ class _Scalings:
 
 
 class LoopedModule(nn.Module):
-    """base(x) + sum over experts, in column order, of B(A(x * s)) * scale * global weight (PEFT XLoraLinearLayer)."""
+    """base(x) + sum over experts, in column order, of B(A(x * s)) * scale * global weight (PEFT XLoraLinearLayer).
+
+    An expert with magnitudes is DoRA and has s = 1 or 0 (PEFT DoraLinearLayer).
+    """
 
     def __init__(self, base: nn.Module, deltas: Sequence[LoraDelta | None], index: int, scalings: _Scalings) -> None:
         super().__init__()
@@ -46,12 +50,29 @@ class LoopedModule(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         scalings = self.scalings.value[:, :, self.index]  # [1, T, E]
-        result = self.base(x)
+        base = result = self.base(x)
         for e, delta in enumerate(self.deltas):
-            if delta is not None:
-                scaled = scalings[:, :, e, None] * self.factor
+            scaled = scalings[:, :, e, None] * self.factor
+            if delta is not None and delta.magnitude is None:
                 result = result + self.delta(x, delta, scaled) * delta.scale
+            elif delta is not None and scaled.any():
+                result = result + self.dora(x, delta, scaled, base)
         return result
+
+    def dora(self, x: torch.Tensor, delta: LoraDelta, scaled: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """What PEFT adds: (m / norm - 1) * base without its bias + m / norm * the update."""
+        assert delta.magnitude is not None
+        ratio = delta.magnitude.to(base.dtype) / self.norm(delta)
+        bias = getattr(self.base, "bias", None)
+        unbiased = base if bias is None else base - bias
+        return (ratio - 1) * unbiased * scaled.to(base.dtype) + ratio * self.delta(x, delta, scaled) * delta.scale
+
+    def norm(self, delta: LoraDelta) -> torch.Tensor:
+        """The length of every output's weights with the whole update; Conv1D stores them in columns."""
+        weight = self.base.get_parameter("weight")
+        update = delta.scale * (delta.b.to(weight.dtype) @ delta.a.to(weight.dtype))
+        turned = weight.T if isinstance(self.base, Conv1D | nn.Embedding) else weight
+        return (turned + update).square().sum(1).sqrt()
 
     def delta(self, x: torch.Tensor, delta: LoraDelta, scaled: torch.Tensor) -> torch.Tensor:
         return F.linear(F.linear(x * scaled.to(x.dtype), delta.a.to(x.dtype)), delta.b.to(x.dtype))
@@ -84,7 +105,7 @@ class Reference:
 
     def constant(self, row: Sequence[float], tokens: Sequence[int]) -> ReferenceResult:
         """One pass with the same scalings [E] everywhere; no top-k rule applies to a mix."""
-        with self._looped() as scalings:
+        with self._replaced(row), self._looped() as scalings:
             scalings.value = self._filled(torch.tensor(row), len(tokens))
             return ReferenceResult(self._forward(tokens)[0], None)
 
@@ -100,6 +121,31 @@ class Reference:
             shown = _layer_rules(raw, self.gate)
             scalings.value = shown.expand(-1, -1, len(self.sites), -1)
             return ReferenceResult(self._forward(tokens)[0], shown[0])
+
+    @contextmanager
+    def _replaced(self, row: Sequence[float]) -> Iterator[None]:
+        """What PEFT does for modules_to_save and trainable_token_indices of the only expert with a scaling."""
+        before: list[tuple[nn.Module, str, nn.Parameter]] = []
+        for expert in (expert for s, expert in zip(row, self.experts, strict=True) if s):
+            for name, new in expert.replacements.items():
+                base = self.model.get_parameter(name)
+                owner = self.model.get_submodule(name.rpartition(".")[0])
+                # A tied head keeps the old values, but for single rows.
+                holders = (
+                    [owner]
+                    if new.rows is None
+                    else [m for m in self.model.modules() if getattr(m, "weight", None) is base]
+                )
+                value = nn.Parameter(_new_values(base, new), requires_grad=False)
+                for module in holders:
+                    leaf = name.rpartition(".")[2]
+                    before.append((module, leaf, base))
+                    setattr(module, leaf, value)
+        try:
+            yield
+        finally:
+            for module, leaf, old in before:
+                setattr(module, leaf, old)
 
     def _filled(self, row: torch.Tensor, tokens: int) -> torch.Tensor:
         return row.expand(1, tokens, len(self.sites), -1).clone()
@@ -126,6 +172,14 @@ class Reference:
                 yield scalings
         finally:
             self.model.config._attn_implementation = attention
+
+
+def _new_values(base: torch.Tensor, new: Replacement) -> torch.Tensor:
+    if new.rows is None:
+        return new.values.to(base.dtype)
+    values = base.detach().clone()
+    values[list(new.rows)] = new.values.to(base.dtype)
+    return values
 
 
 def _deltas(experts: Sequence[Expert], path: str) -> list[LoraDelta | None]:

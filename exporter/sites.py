@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
+from torch import nn
 
-from exporter.adapters import AdapterSet
+from exporter.adapters import AdapterSet, LoraDelta
 from exporter.errors import ExportError
 
 
@@ -28,6 +29,7 @@ class Site:
     a [R, in] (embedding: [R, vocab]), b [out, R], weights [E, R] with weights[e, j] = scale_e (alpha/r or
     alpha/sqrt(r), times the global scaling weight) where rank column j belongs to expert e, else 0.
     dynamic y = W x + ((x aT) * (s . weights)) bT      static W' = W + (b * (s . weights)) a
+    Where a DoRA expert is on, all of that (but no bias) times its row of out_scale [D, out] = m / |W + scale * b a|.
     """
 
     path: str
@@ -38,10 +40,17 @@ class Site:
     weights: torch.Tensor
     experts: tuple[str, ...]  # those that have columns here, in column order
     ranks: tuple[int, ...]
+    doras: tuple[int, ...] = ()  # columns of the DoRA experts among all E, in order
+    out_scale: torch.Tensor | None = None  # None without DoRA
 
 
-def stack(adapters: AdapterSet, module_kinds: Sequence[tuple[str, SiteKind]]) -> tuple[Site, ...]:
-    """Make the sites, in module-tree order of the union of the experts' targets (PEFT's `layer_number` order)."""
+def stack(
+    adapters: AdapterSet, module_kinds: Sequence[tuple[str, SiteKind]], model: nn.Module | None = None
+) -> tuple[Site, ...]:
+    """Make the sites, in module-tree order of the union of the experts' targets (PEFT's `layer_number` order).
+
+    DoRA needs the base `model`, in fp32.
+    """
     factor = adapters.gate.global_scaling_weight if adapters.gate else 1.0
     touched = {path for expert in adapters.experts for path in expert.deltas}
     ordered = [(path, kind) for path, kind in module_kinds if path in touched]
@@ -51,10 +60,12 @@ def stack(adapters: AdapterSet, module_kinds: Sequence[tuple[str, SiteKind]]) ->
             got=", ".join(sorted(missing)[:5]),
             fix="use the base model the experts were trained on",
         )
-    return tuple(_stack_site(adapters, path, kind, i, factor) for i, (path, kind) in enumerate(ordered))
+    return tuple(_stack_site(adapters, path, kind, i, factor, model) for i, (path, kind) in enumerate(ordered))
 
 
-def _stack_site(adapters: AdapterSet, path: str, kind: SiteKind, index: int, factor: float) -> Site:
+def _stack_site(
+    adapters: AdapterSet, path: str, kind: SiteKind, index: int, factor: float, model: nn.Module | None
+) -> Site:
     parts = [
         (e, expert.name, expert.deltas[path]) for e, expert in enumerate(adapters.experts) if path in expert.deltas
     ]
@@ -64,6 +75,12 @@ def _stack_site(adapters: AdapterSet, path: str, kind: SiteKind, index: int, fac
     for (e, _, delta), rank in zip(parts, ranks, strict=True):
         weights[e, start : start + rank] = delta.scale * factor
         start += rank
+    doras = [(e, delta) for e, _, delta in parts if delta.magnitude is not None]
+    out_scale = None
+    if doras:
+        assert model is not None
+        base = model.get_parameter(f"{path}.weight")
+        out_scale = torch.stack([_out_scale(path, base, kind, delta) for _, delta in doras])
     return Site(
         path,
         kind,
@@ -73,4 +90,27 @@ def _stack_site(adapters: AdapterSet, path: str, kind: SiteKind, index: int, fac
         weights,
         tuple(name for _, name, _ in parts),
         ranks,
+        tuple(e for e, _ in doras),
+        out_scale,
     )
+
+
+def _out_scale(path: str, base: torch.Tensor, kind: SiteKind, delta: LoraDelta) -> torch.Tensor:
+    """m / |W + scale * b a|, the norm over everything that makes one output; of an embedding over the vocabulary."""
+    assert delta.magnitude is not None
+    weight = base.float().T if is_transposed(kind) else base.float()  # [out, in]
+    norm = torch.linalg.vector_norm(weight + delta.scale * (delta.b @ delta.a), dim=1)
+    scale = delta.magnitude / norm
+    if not torch.isfinite(scale).all():
+        raise ExportError(
+            f"DoRA divides by the norm of the changed weight, which is 0 in {path}",
+            got=f"outputs {torch.nonzero(~torch.isfinite(scale)).flatten().tolist()[:8]}",
+            fix="give the base the adapter was trained on",
+            code="E_VALUE",
+        )
+    return scale
+
+
+def is_transposed(kind: SiteKind) -> bool:
+    """Whether the base stores the weight as [in, out]."""
+    return kind in (SiteKind.CONV1D, SiteKind.EMBEDDING)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -10,9 +10,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from exporter.adapters import Expert, Replacement
 from exporter.errors import ExportError
-from exporter.sites import Site, SiteKind
+from exporter.sites import Site, SiteKind, is_transposed
 from exporter.store import Weight, WeightStore
+from runtime.manifest import AdapterKind
+from runtime.mix import require_unmixed
 
 PREFIX = "static/"  # of the stored names of changed weights
 
@@ -32,15 +35,47 @@ def mix_row(mix: Mapping[str, float], experts: Sequence[str]) -> torch.Tensor:
     return row
 
 
+def require_foldable(mix: Mapping[str, float], experts: Sequence[Expert]) -> None:
+    """Refuse a mix of what cannot be mixed: DoRA, and experts that replace weights of the base."""
+    require_unmixed(mix, [expert.name for expert in experts if expert.kind is AdapterKind.DORA], "--mix")
+    used = {name: weight for name, weight in mix.items() if weight}
+    for expert in experts:
+        if expert.replacements and expert.name in used and used != {expert.name: 1.0}:
+            raise ExportError(
+                f"{expert.name} cannot be mixed: it replaces {', '.join(expert.replacements)} of the base",
+                where="--mix",
+                got=",".join(f"{name}={weight:g}" for name, weight in used.items()),
+                need=f"{expert.name}=1 and no other expert, or a mix without it",
+                code="E_MIX",
+            )
+
+
+def require_switchable(experts: Sequence[Expert]) -> None:
+    """Refuse experts that a dynamic graph cannot switch on and off: those that replace weights of the base."""
+    for expert in experts:
+        if expert.replacements:
+            raise ExportError(
+                f"{expert.name} replaces {', '.join(expert.replacements)} of the base, which scalings cannot switch",
+                where="--mode dynamic",
+                fix=f"--mode static --mix {expert.name}=1, or train the expert without modules_to_save and "
+                "trainable_token_indices",
+                code="E_UNSUPPORTED",
+            )
+
+
 def folded_weight(base: torch.Tensor, site: Site, row: torch.Tensor) -> torch.Tensor:
     """W' = W + (b * (s . weights)) a in fp32, rounded once to W's dtype. Conv1D and Embedding store W transposed.
 
+    A DoRA expert, alone with weight 1 (`require_foldable`), scales every output of that.
     An embedding's `embed_scale` needs no care: its forward multiplies the folded row, as PEFT multiplies the delta.
     """
-    delta = (site.b * (row @ site.weights)) @ site.a
-    if site.kind in (SiteKind.CONV1D, SiteKind.EMBEDDING):
-        delta = delta.T
-    return (base.float() + delta).to(base.dtype)
+    delta = (site.b * (row @ site.weights)) @ site.a  # [out, in]
+    is_turned = is_transposed(site.kind)
+    weight = base.float() + (delta.T if is_turned else delta)
+    if site.out_scale is not None and (scales := site.out_scale[row[list(site.doras)] != 0]).numel():
+        [scale] = scales  # [out]
+        weight = weight * (scale if is_turned else scale[:, None])
+    return weight.to(base.dtype)
 
 
 def folded_weights(model: nn.Module, sites: Iterable[Site], row: torch.Tensor) -> dict[str, Weight]:
@@ -51,6 +86,28 @@ def folded_weights(model: nn.Module, sites: Iterable[Site], row: torch.Tensor) -
         return Weight(f"{PREFIX}{name}", base.dtype, tuple(base.shape), lambda: folded_weight(base, site, row))
 
     return {name: weight(name, site) for site in sites for name in [f"{site.path}.weight"]}
+
+
+def replacements_of(experts: Sequence[Expert], row: torch.Tensor) -> dict[str, Replacement]:
+    """The weights of the base that the mix's only expert replaces, by parameter name."""
+    used = [expert for expert, weight in zip(experts, row, strict=True) if weight]
+    return {name: new for expert in used for name, new in expert.replacements.items()}
+
+
+def replaced_weights(model: nn.Module, replacements: Mapping[str, Replacement]) -> dict[str, Weight]:
+    """Parameter -> the weight that replaces it."""
+
+    def weight(name: str, new: Replacement) -> Weight:
+        base = model.get_parameter(name)
+        return Weight(f"{PREFIX}{name}", base.dtype, tuple(base.shape), lambda: replaced_weight(base, new))
+
+    return {name: weight(name, new) for name, new in replacements.items()}
+
+
+def replaced_weight(base: torch.Tensor, new: Replacement) -> torch.Tensor:
+    """All of the weight, or its rows, with new values."""
+    values = new.values.to(base.dtype)
+    return values if new.rows is None else base.index_copy(0, torch.tensor(new.rows), values)
 
 
 def rounded_weights(folded: WeightStore, dtype: torch.dtype) -> dict[str, Weight]:
@@ -64,8 +121,10 @@ def rounded(weight: Weight, dtype: torch.dtype) -> Weight:
 
 
 @contextmanager
-def untied(model: PreTrainedModel, sites: Iterable[Site]) -> Iterator[dict[str, str]]:
+def untied(model: PreTrainedModel, sites: Iterable[Site], replaced: Collection[str] = ()) -> Iterator[dict[str, str]]:
     """Give the head a parameter of its own (same memory) when an adapted site shares it with the embedding.
+
+    So does a parameter of the two that is `replaced` as a whole; new rows are the head's too, as in PEFT.
 
     Yields head parameter -> embedding parameter where that was needed, else nothing.
     """
@@ -73,9 +132,10 @@ def untied(model: PreTrainedModel, sites: Iterable[Site]) -> Iterator[dict[str, 
     tied = head.weight is embedding.weight
     shared = head.weight
     partners: dict[str, str] = {}
-    if tied and any(site.kind in (SiteKind.EMBEDDING, SiteKind.LM_HEAD) for site in sites):
+    names = {id(module): name for name, module in model.named_modules()}
+    is_replaced = any(f"{names[id(end)]}.weight" in replaced for end in (head, embedding))
+    if tied and (is_replaced or any(site.kind in (SiteKind.EMBEDDING, SiteKind.LM_HEAD) for site in sites)):
         head.weight = nn.Parameter(shared.detach(), requires_grad=False)
-        names = {id(module): name for name, module in model.named_modules()}
         partners[f"{names[id(head)]}.weight"] = f"{names[id(embedding)]}.weight"
     try:
         yield partners

@@ -26,7 +26,7 @@ from exporter.verify import (
 )
 from runtime.backends import open_session
 from runtime.golden import GoldenCase, GoldenLimits, case_from_replay
-from runtime.manifest import GraphInfo, Mode, TopkSoftmax, VerifyLevel, VerifyReport
+from runtime.manifest import AdapterKind, GraphInfo, Mode, TopkSoftmax, VerifyLevel, VerifyReport
 from runtime.replay import replay
 from runtime.session import Session, SessionSettings
 from runtime.signature import SCALINGS
@@ -69,26 +69,30 @@ class Verification:
 
     def scenarios(self, graph: GraphInfo) -> list[Scenario]:
         """The ways users will run this graph: its gate, mixes, single experts, the base."""
-        n = len(self.adapters.experts)
+        experts = self.adapters.experts
+        n = len(experts)
         if graph.mode is Mode.STATIC:
-            mix = [(graph.mix or {}).get(expert.name, 0.0) for expert in self.adapters.experts]
+            mix = [(graph.mix or {}).get(expert.name, 0.0) for expert in experts]
             return [self._constant("mix", mix, None)]
         spec = graph.signature.input(SCALINGS)
         assert spec is not None
         width = int(spec.shape[2])
-        uneven = [(e + 1) / n for e in range(n)]  # all different: no two experts can change places unseen
-        constants = [self._constant("uneven mix", uneven, width), self._constant("base", [0.0] * n, width)]
+        # All different, so that no two experts can change places unseen; DoRA cannot be mixed.
+        uneven = [0.0 if e.kind is AdapterKind.DORA else (column + 1) / n for column, e in enumerate(experts)]
+        mixes = [self._constant("uneven mix", uneven, width)] if any(uneven) else []
+        base = self._constant("base", [0.0] * n, width)
         gate = self.adapters.gate
         if gate is None:
             singles = [[float(e == i) for e in range(n)] for i in range(n)]
-            names = [f"expert {expert.name}" for expert in self.adapters.experts]
-            return [*constants, *(self._constant(*pair, width) for pair in zip(names, singles, strict=True))]
+            names = [f"expert {expert.name}" for expert in experts]
+            alone = [self._constant(*pair, width) for pair in zip(names, singles, strict=True)]
+            return [*mixes, base, *alone] if mixes else [*alone, base]
         row = np.tile(scaling_pass_row(gate, n).numpy(), (width, 1)).astype(np.float32)
         per_length = gate.softmax_topk and gate.topk_softmax is TopkSoftmax.FLATTENED
         gated = Scenario(
             "gate", row, True, per_length, self.reference.gated, self._base, self._precise(lambda r, ids: r.gated(ids))
         )
-        return [gated, *constants]
+        return [gated, *mixes, base]
 
     def _constant(self, name: str, weights: Sequence[float], width: int | None) -> Scenario:
         row = None if width is None else np.tile(np.array(weights, np.float32), (width, 1))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from runtime.bundle import Bundle
 from runtime.engines import PlanInfo, engine_folders, open_engines
 from runtime.errors import UserError
-from runtime.manifest import GateInfo, GraphInfo, Manifest, VerifyLevel, VerifyReport
+from runtime.manifest import AdapterKind, ExpertInfo, GateInfo, GraphInfo, Manifest, VerifyLevel, VerifyReport
 from runtime.sealed_folder import manifest_bytes
 
 _NOT_VERIFIED = "NOT VERIFIED"
@@ -70,9 +70,15 @@ def _base(manifest: Manifest) -> Iterator[tuple[str, str]]:
 def _experts(manifest: Manifest) -> list[str]:
     width = max(len(expert.name) for expert in manifest.experts)
     return [
-        f"  {expert.column:>3} -> {expert.name:<{width}} -> {expert.folder}  (rank {expert.rank}, {expert.sites} sites)"
+        f"  {expert.column:>3} -> {expert.name:<{width}} -> {expert.folder}  ({_expert(expert)})"
         for expert in manifest.experts
     ]
+
+
+def _expert(expert: ExpertInfo) -> str:
+    kind = "" if expert.kind is AdapterKind.LORA else f"{expert.kind}, "
+    alone = "; alone or not at all" if expert.kind is AdapterKind.DORA else ""
+    return f"{kind}rank {expert.rank}, {expert.sites} sites{alone}"
 
 
 def _sites(manifest: Manifest) -> Iterator[tuple[str, str]]:

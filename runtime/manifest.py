@@ -71,6 +71,14 @@ class TopkSoftmax(StrEnum):
     FLATTENED = "flattened"
 
 
+class AdapterKind(StrEnum):
+    """What an expert was trained as; decides how it may be mixed."""
+
+    LORA = "lora"
+    DORA = "dora"  # rescales whole weights: alone or not at all, never in a mix
+    ADALORA = "adalora"  # a LoRA once its singular values are folded in
+
+
 class BaseModelInfo(Strict):
     """The base model, as its config says."""
 
@@ -94,6 +102,7 @@ class ExpertInfo(Strict):
     folder: str  # basename of the folder it was read from
     rank: int  # largest rank over its sites
     sites: int  # how many sites it touches
+    kind: AdapterKind = AdapterKind.LORA
 
 
 class SiteInfo(Strict):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,22 @@ def scalings_from_mix(mix: Mapping[str, float], experts: Sequence[str]) -> NDArr
     ]
     raise_all("mix", problems)
     return np.array([mix.get(name, 0.0) for name in experts], np.float32)
+
+
+def require_unmixed(mix: Mapping[str, float], doras: Collection[str], where: str = "mix") -> None:
+    """Refuse a mix in which a DoRA expert is not the only one, with weight 1."""
+    used = {name: weight for name, weight in mix.items() if weight}
+    found = [name for name in used if name in doras]
+    if not found or used == {found[0]: 1.0}:
+        return
+    raise InputError(
+        f"{', '.join(found)} cannot be mixed: DoRA divides the changed weight by its norm, which is not linear in the "
+        "mix's weights",
+        where=where,
+        got=",".join(f"{name}={weight:g}" for name, weight in used.items()),
+        need=f"{found[0]}=1 and no other expert, or a mix without {' and '.join(found)}",
+        code="E_MIX",
+    )
 
 
 def mix_note(mix: Mapping[str, float]) -> str | None:

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import InputError
-from runtime.manifest import GraphInfo, Manifest
-from runtime.mix import scalings_from_mix
+from runtime.manifest import AdapterKind, GraphInfo, Manifest
+from runtime.mix import require_unmixed, scalings_from_mix
 from runtime.passes import CHUNK, ExactPasses, InChunks, OnePass, Passes, WholeSequence
 from runtime.session import Session
 from runtime.signature import GATE, SCALINGS, CacheStyle
@@ -48,7 +48,9 @@ def routing_for(manifest: Manifest, graph: GraphInfo, mix: Mapping[str, float] |
     if gate is not None:
         weights, per_length = np.array(gate.scaling_pass_row, np.float32), gate.scaling_pass_row_per_length
     else:
-        weights, per_length = scalings_from_mix(_only_expert(experts) if mix is None else mix, experts), False
+        chosen = _only_expert(experts) if mix is None else mix
+        weights, per_length = scalings_from_mix(chosen, experts), False
+        require_unmixed(chosen, [expert.name for expert in manifest.experts if expert.kind is AdapterKind.DORA])
     if per_length and graph.signature.cache_style is not CacheStyle.NONE:
         raise InputError(
             "the flattened top-k softmax depends on the sequence length, which a K/V cache cannot follow",

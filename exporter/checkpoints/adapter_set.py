@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from exporter.adapters import AdapterSet, Expert, GateConfig, Origin
@@ -19,11 +19,16 @@ from exporter.checkpoints.gate_config import (
 from exporter.checkpoints.gate_weights import Classifier, read_classifier
 from exporter.checkpoints.lora import LoraFolder, read_lora
 from exporter.checkpoints.naming import Binding, bind_gate, bind_plain
-from exporter.checkpoints.problems import gathering, shortened
+from exporter.checkpoints.problems import gathering, listed, shortened
 from exporter.errors import ExportError
 from exporter.spec import AdapterSource, CacheChoice
 from runtime.errors import InputError, raise_all
-from runtime.manifest import TopkSoftmax
+from runtime.manifest import AdapterKind, TopkSoftmax
+
+UNGATEABLE = {
+    AdapterKind.DORA: "DoRA divides the changed weight by its norm, which is not linear in the gate's scalings",
+    AdapterKind.ADALORA: "PEFT's X-LoRA takes LoRA experts only, so no gate was trained with it",
+}
 
 
 def read_adapters(
@@ -42,6 +47,7 @@ def read_adapters(
     config = None
     if settings is not None:
         notes = [*settings.notes, *notes]
+        problems.extend(_ungateable(bindings, folders))
         with gathering(problems):
             classifier = read_classifier(settings, _count_sites(folders, bindings))
             notes += classifier.notes
@@ -54,7 +60,7 @@ def read_adapters(
     return AdapterSet(
         experts=tuple(_expert(binding, folder) for binding, folder in zip(bindings, folders, strict=True)),
         gate=config,
-        notes=(*notes, *_mapping_notes(bindings, settings)),
+        notes=(*notes, *_mapping_notes(bindings, settings), *_replacement_notes(bindings, folders)),
         origins=tuple(origins),
     )
 
@@ -105,6 +111,20 @@ def _read_experts(bindings: Sequence[Binding], problems: list[InputError]) -> li
     return [read[binding.folder] for binding in bindings if binding.folder in read]
 
 
+def _ungateable(bindings: Sequence[Binding], folders: Sequence[LoraFolder]) -> Iterator[InputError]:
+    """Experts that a gate cannot weigh by token."""
+    names = {binding.folder: binding.name for binding in bindings}
+    for folder in folders:
+        where = f"expert {names[folder.folder]} ({shown_path(folder.folder)})"
+        fix = "train the expert as a plain LoRA, or build it without the gate"
+        if reason := UNGATEABLE.get(folder.fields.kind):
+            what = f"a gate cannot mix {folder.fields.kind} experts: {reason}"
+            yield ExportError(what, where=where, fix=fix, code="E_UNSUPPORTED")
+        if folder.replacements:
+            what = "a gate cannot mix an expert that replaces weights of the base"
+            yield ExportError(what, where=where, got=listed(folder.replacements), fix=fix, code="E_UNSUPPORTED")
+
+
 def _count_sites(folders: Sequence[LoraFolder], bindings: Sequence[Binding]) -> int | None:
     """How many modules the experts adapt together; None when one of them could not be read."""
     if len(folders) != len(bindings):
@@ -142,16 +162,31 @@ def _gate_config(gate: GateFolder, classifier: Classifier, rule: TopkSoftmax) ->
 
 
 def _expert(binding: Binding, folder: LoraFolder) -> Expert:
-    return Expert(binding.name, folder.deltas, binding.key, folder.folder)
+    kind, replacements = folder.fields.kind, folder.replacements
+    return Expert(binding.name, folder.deltas, binding.key, folder.folder, kind, replacements)
 
 
 def _origin(binding: Binding, folder: LoraFolder) -> Origin:
-    base = folder.fields.base_model_name_or_path
-    return Origin(f"expert:{binding.name}", folder.folder, folder.files, base, folder.rule)
+    return Origin(
+        role=f"expert:{binding.name}",
+        folder=folder.folder,
+        files=folder.files,
+        base_name=folder.fields.base_model_name_or_path,
+        is_target=folder.is_target if folder.rule else None,
+        is_saved=folder.is_saved,
+    )
 
 
 def _config_name(gate: GateFolder) -> str:
     return ORIGINAL_CONFIG if gate.layout is Layout.ORIGINAL else PEFT_CONFIG
+
+
+def _replacement_notes(bindings: Sequence[Binding], folders: Sequence[LoraFolder]) -> list[str]:
+    return [
+        f"expert {binding.name} replaces {listed(folder.replacements)}: for static builds of {binding.name}=1 only"
+        for binding, folder in zip(bindings, folders, strict=True)
+        if folder.replacements
+    ]
 
 
 def _mapping_notes(bindings: Sequence[Binding], gate: GateFolder | None) -> list[str]:

@@ -53,6 +53,7 @@ class BaseDescription:
     config: Any  # transformers.PreTrainedConfig
     model_type: str
     modules: Mapping[str, ModuleInfo]
+    shapes: Mapping[str, tuple[int, ...]]  # of all parameters; a tied one under both its names
     tied_embeddings: bool
     files: tuple[Path, ...]  # safetensors, sorted
     notes: tuple[str, ...] = ()
@@ -76,7 +77,8 @@ def describe_base(reference: str) -> BaseDescription:
     files = weight_files(folder)
     model = _meta_model(config, folder)
     modules = {path: module_info(module) for path, module in model.named_modules() if path and is_leaf(module)}
-    _check_headers(files, {key: tuple(value.shape) for key, value in model.state_dict().items()}, folder)
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    _check_headers(files, shapes, folder)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     return BaseDescription(
         reference=reference,
@@ -85,6 +87,7 @@ def describe_base(reference: str) -> BaseDescription:
         config=config,
         model_type=config.model_type,
         modules=modules,
+        shapes=shapes,
         tied_embeddings=head is not None and head.weight is embedding.weight,
         files=files,
         notes=tuple(notes),

@@ -32,12 +32,14 @@ def check_against_base(adapters: AdapterSet, base: BaseDescription) -> list[str]
     problems: list[InputError] = []
     for expert in adapters.experts:
         problems.extend(_expert_problems(expert, base))
+        problems.extend(_replacement_problems(expert, base))
     notes: list[str] = []
     for origin in adapters.origins:
         problems.extend(_missing_targets(origin, adapters, base))
+        problems.extend(_missing_replacements(origin, adapters, base))
         problems.extend(_other_base(origin, base, notes))
         with gathering(problems):
-            notes.extend(_check_saved_base(origin, base))
+            notes.extend(_check_saved_base(origin, adapters, base))
     problems.extend(_gate_problems(adapters, base))
     raise_all(f"adapters on base {base.name}", shortened(problems))
     return list(dict.fromkeys(notes))
@@ -71,6 +73,50 @@ def _delta_problems(path: str, delta: LoraDelta, module: ModuleInfo, where: str)
                 f"LoRA {side} of {path} does not fit the base", where=where, got=f"{name} = {got}",
                 need=f"{name} = {need}", fix="give the base the adapter was trained on", code="E_FIT",
             )  # fmt: skip
+
+
+def _replacement_problems(expert: Expert, base: BaseDescription) -> Iterator[ExportError]:
+    """Replaced weights that the base lacks or has in another shape, and those that something else changes too."""
+    where = f"expert {expert.name} ({shown_path(expert.folder)})"
+    for name, new in expert.replacements.items():
+        shape = base.shapes.get(name, ())
+        size = list(new.values.shape)
+        fits = size == list(shape) if new.rows is None else size[1:] == list(shape[1:]) and max(new.rows) < shape[0]
+        if not shape or not fits:
+            rows = "" if new.rows is None else f" for token ids up to {max(new.rows)}"
+            yield ExportError(
+                f"the new {name} does not fit the base", where=where, got=f"{size}{rows}", need=str(list(shape)),
+                fix="give the base the adapter was trained on; resized vocabularies are not supported", code="E_FIT",
+            )  # fmt: skip
+        yield from _doubly_changed(expert, name, base, where)
+
+
+def _doubly_changed(expert: Expert, name: str, base: BaseDescription, where: str) -> Iterator[ExportError]:
+    path = name.rpartition(".")[0]
+    ends = [other for other, info in base.modules.items() if info.kind is ModuleKind.EMBEDDING][:1]
+    ends += ["lm_head"] if "lm_head" in base.modules else []
+    is_tied = base.tied_embeddings and expert.replacements[name].rows is not None
+    if is_tied and path != ends[0]:
+        got, need = f"token ids of {path} alone", f"those of {ends[0]}, which then are the head's too"
+        yield ExportError("embedding and head are one weight", where=where, got=got, need=need, code="E_UNSUPPORTED")
+    both = [other for other in (ends if is_tied else [path]) if other in expert.deltas]
+    if both:
+        yield ExportError(
+            f"{name} is replaced and has a LoRA at once", where=where, got=f"a LoRA on {', '.join(both)}",
+            need="one of the two", fix="train it with either", code="E_UNSUPPORTED",
+        )  # fmt: skip
+
+
+def _missing_replacements(origin: Origin, adapters: AdapterSet, base: BaseDescription) -> Iterator[ExportError]:
+    """Weights that modules_to_save means in this base, but the file does not hold."""
+    replaced = {name for e in adapters.experts if f"expert:{e.name}" == origin.role for name in e.replacements}
+    missing = [name for name in base.shapes if name not in replaced and origin.is_saved(name.rpartition(".")[0])]
+    if missing:
+        yield ExportError(
+            f"{len(missing)} weights of modules_to_save have no tensors",
+            where=f"{origin.role} ({shown_path(origin.folder)})",
+            got=listed(missing), need="all of them in the file", fix="save the adapter again", code="E_FIT",
+        )  # fmt: skip
 
 
 def _missing_targets(origin: Origin, adapters: AdapterSet, base: BaseDescription) -> Iterator[ExportError]:
@@ -131,14 +177,17 @@ def _gate_problems(adapters: AdapterSet, base: BaseDescription) -> Iterator[Expo
         yield ExportError("the gate's outputs do not fit the experts", where="gate", got=got, need=need, code="E_FIT")
 
 
-def _check_saved_base(origin: Origin, base: BaseDescription) -> list[str]:
+def _check_saved_base(origin: Origin, adapters: AdapterSet, base: BaseDescription) -> list[str]:
     """Embeddings and heads that PEFT saved beside a LoRA must be those of the base; else the base was resized."""
     notes: list[str] = []
     problems: list[InputError] = []
+    replaced = {name for e in adapters.experts if f"expert:{e.name}" == origin.role for name in e.replacements}
     for path in origin.files if origin.role != "gate" else ():
         if path.suffix == ".safetensors":
             with open_weights(path) as file:
                 for key, base_key in saved_base_tensors(file).items():
+                    if base_key in replaced:
+                        continue
                     with gathering(problems):
                         _require_same(file, key, base_key, base)
                         notes.append(f"{origin.role}: {base_key} is saved beside the LoRA and equals the base's")

@@ -1,4 +1,4 @@
-"""One PEFT LoRA folder -> deltas by module path."""
+"""One PEFT LoRA, DoRA or AdaLoRA folder -> deltas by module path, and the weights of the base it replaces."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from exporter.adapters import LoraDelta
+from exporter.adapters import LoraDelta, Replacement
 from exporter.checkpoints.files import is_folder, require_weights, shown_path
-from exporter.checkpoints.lora_config import LoraFields, parse_lora_config
+from exporter.checkpoints.lora_config import AdaLoraFields, LoraFields, parse_lora_config
 from exporter.checkpoints.patterns import TargetRule
 from exporter.checkpoints.problems import gathering, listed, shortened
+from exporter.checkpoints.replacements import is_saved, read_finite, read_replacements, replacing_keys
 from exporter.checkpoints.strict_json import read_json
-from exporter.checkpoints.weights_file import FLOAT_DTYPES, TensorEntry, WeightsFile, is_finite, open_weights
+from exporter.checkpoints.weights_file import FLOAT_DTYPES, TensorEntry, WeightsFile, open_weights
 from exporter.errors import ExportError
 from runtime.errors import InputError, raise_all
+from runtime.manifest import AdapterKind
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_STEM = "adapter_model"
@@ -26,21 +26,38 @@ MAX_FEATURES = 1 << 22  # of one module; no real layer or vocabulary comes near
 
 _LORA_KEY = re.compile(
     r"base_model\.model\.(?P<path>[A-Za-z0-9_.]{1,400})\."
-    r"(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<emb>[AB]))"
+    r"(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|lora_[ABE])"
 )
+_LINEAR, _EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
+# The tensors of one module, A and B first; a kind has one form for Linear and perhaps one for Embedding.
+FORMS: dict[AdapterKind, tuple[tuple[str, ...], ...]] = {
+    AdapterKind.LORA: (_LINEAR, _EMBEDDING),
+    AdapterKind.DORA: ((*_LINEAR, "lora_magnitude_vector"), (*_EMBEDDING, "lora_magnitude_vector")),
+    AdapterKind.ADALORA: (("lora_A", "lora_B", "lora_E"),),
+}
 # Embeddings and lm_head whose weights PEFT saves beside their LoRA, or after a resize.
 _SAVED_BASE_KEY = re.compile(r"base_model\.model\.(?P<path>[A-Za-z0-9_.]{1,400}?)(?:\.base_layer)?\.(?:weight|bias)")
 
 
 @dataclass(frozen=True, slots=True)
 class LoraFolder:
-    """What one LoRA folder holds: deltas by module path, and the rule by which its config selects modules."""
+    """What one folder holds: deltas by module path, and the rule by which its config selects modules."""
 
     folder: Path
-    fields: LoraFields
+    fields: LoraFields | AdaLoraFields
     deltas: dict[str, LoraDelta]
+    pruned: frozenset[str]  # targets of which AdaLoRA kept no rank: they stay the base's
+    replacements: dict[str, Replacement]
     rule: TargetRule | None
     files: tuple[Path, ...]
+
+    def is_target(self, path: str) -> bool:
+        """Whether the config selects this module and left it a rank."""
+        return self.rule is not None and self.rule(path) and path not in self.pruned
+
+    def is_saved(self, path: str) -> bool:
+        """Whether modules_to_save means this module."""
+        return is_saved(path, self.fields.modules_to_save or ())
 
 
 def read_lora(folder: Path) -> LoraFolder:
@@ -50,12 +67,23 @@ def read_lora(folder: Path) -> LoraFolder:
     fields = parse_lora_config(read_json(folder / CONFIG_NAME), folder / CONFIG_NAME)
     weights = require_weights(folder, WEIGHTS_STEM)
     with open_weights(weights) as file:
-        deltas = _read_deltas(file, fields)
-    return LoraFolder(folder, fields, deltas, fields.target_rule(), (folder / CONFIG_NAME, weights))
+        replacing = replacing_keys(file, fields)
+        deltas = _read_deltas(file, fields, frozenset(replacing))
+        replacements = read_replacements(file, replacing, fields)
+    touched = {path: delta for path, delta in deltas.items() if delta.a.shape[0]}
+    if not touched:
+        what = "AdaLoRA kept no rank of any module: the adapter changes nothing"
+        raise ExportError(what, where=shown_path(weights), fix="leave it out", code="E_TENSOR")
+    pruned = frozenset(deltas) - frozenset(touched)
+    files = (folder / CONFIG_NAME, weights)
+    return LoraFolder(folder, fields, touched, pruned, replacements, fields.target_rule(), files)
 
 
 def saved_base_tensors(file: WeightsFile) -> dict[str, str]:
-    """Tensors of the base stored beside the LoRA: key in the file -> key in the base model's state dict."""
+    """Tensors of the base stored beside the LoRA: key in the file -> key in the base model's state dict.
+
+    Those of modules_to_save look the same; who calls this knows which they are.
+    """
     found = {}
     for key in file.entries:
         if not _LORA_KEY.fullmatch(key) and (match := _SAVED_BASE_KEY.fullmatch(key)):
@@ -72,60 +100,70 @@ def saved_base_tensors(file: WeightsFile) -> dict[str, str]:
     return found
 
 
-def _read_deltas(file: WeightsFile, fields: LoraFields) -> dict[str, LoraDelta]:
+def _read_deltas(
+    file: WeightsFile, fields: LoraFields | AdaLoraFields, replacing: frozenset[str]
+) -> dict[str, LoraDelta]:
     """All deltas in file order; every problem of keys, shapes, dtypes and values is raised at once."""
     where = shown_path(file.path)
     problems: list[InputError] = []
-    pairs = _pair_keys(file, where, problems)
+    modules = _group_keys(file, fields.kind, replacing, problems)
     rule = fields.target_rule()
     deltas = {}
-    for path, keys in pairs.items():
+    for path, keys in modules.items():
         with gathering(problems):
             _check_target(path, rule, where)
             _check_pair(path, keys, file, fields.rank_of(path))
-            a, b = (_read_side(file, key) for key in keys)
-            deltas[path] = LoraDelta(a, b, fields.scale_of(path))
-    if not pairs and not problems:
+            deltas[path] = _read_delta(path, keys, file, fields)
+    if not modules and not problems:
         problems.append(ExportError("holds no LoRA tensors", where=where, fix="save it again", code="E_TENSOR"))
+    if isinstance(fields, AdaLoraFields):
+        strange = sorted(set(fields.rank_pattern or {}) - {f"{path}.lora_E" for path in modules})
+        if strange and not problems:
+            what = f"rank_pattern of {CONFIG_NAME} names modules without tensors"
+            problems.append(ExportError(what, where=where, got=_quoted(strange), fix="save it again", code="E_KEYS"))
     raise_all(where, shortened(problems))
     return deltas
 
 
-def _pair_keys(file: WeightsFile, where: str, problems: list[InputError]) -> dict[str, tuple[str, str]]:
-    """Module path -> keys of A and B; keys of any other form, and halves of a pair, are problems."""
-    sides: dict[str, dict[str, str]] = {}
-    unknown = set(file.entries) - set(saved_base_tensors(file))
+def _group_keys(
+    file: WeightsFile, kind: AdapterKind, replacing: frozenset[str], problems: list[InputError]
+) -> dict[str, tuple[str, ...]]:
+    """Module path -> its keys, A and B first; what has no form of the kind, or is incomplete, is a problem."""
+    where = shown_path(file.path)
+    parts: dict[str, dict[str, str]] = {}
+    unknown = set(file.entries) - set(saved_base_tensors(file)) - replacing
     for key in file.entries:
-        if match := _LORA_KEY.fullmatch(key):
+        match = _LORA_KEY.fullmatch(key)
+        if match and any(match["part"] in form for form in FORMS[kind]):
             unknown.discard(key)
-            kind = "linear" if match["side"] else "embedding"
-            sides.setdefault(match["path"], {})[f"{kind} {match['side'] or match['emb']}"] = key
+            parts.setdefault(match["path"], {})[match["part"]] = key
     problems.extend(_unknown_keys(sorted(unknown), where))
-    pairs = {}
-    for path, found in sides.items():
-        for kind in ("linear", "embedding"):
-            if set(found) == {f"{kind} A", f"{kind} B"}:
-                pairs[path] = (found[f"{kind} A"], found[f"{kind} B"])
-        if path not in pairs:
-            problems.append(
-                ExportError(
-                    f"module {path} has no complete pair of LoRA tensors",
-                    where=where,
-                    got=listed(found.values()),
-                    need="A and B of one kind",
-                    fix="save it again",
-                    code="E_KEYS",
-                )
+    modules = {}
+    for path, found in parts.items():
+        form = next((form for form in FORMS[kind] if set(form) == set(found)), None)
+        if form is not None:
+            modules[path] = tuple(found[part] for part in form)
+            continue
+        problems.append(
+            ExportError(
+                f"module {path} has no complete set of {kind} tensors",
+                where=where,
+                got=listed(found.values()),
+                need=" or ".join(" and ".join(form) for form in FORMS[kind]),
+                fix="save it again",
+                code="E_KEYS",
             )
-    return pairs
+        )
+    return modules
 
 
 def _unknown_keys(keys: list[str], where: str) -> Iterator[ExportError]:
     """Name the tensors that belong to no plain LoRA, with a reason for the forms we know."""
     reasons = {
-        "lora_magnitude_vector": "DoRA magnitudes cannot be exported",
-        "lora_E": "AdaLoRA is not supported here",
+        "lora_magnitude_vector": "DoRA's magnitudes, but use_dora is not set",
+        "lora_E": "AdaLoRA's singular values, but the config is LoRA's",
         "lora_B.bias": "lora_bias is added ungated",
+        "token_adapter": "new rows of an embedding, but trainable_token_indices does not name it",
         "base_model.lora_model.": "this is an expert sub-folder of an X-LoRA save, not a LoRA; "
         "give the folder the expert was trained in",
         "internal_xlora_classifier": "this is an X-LoRA gate, not a LoRA",
@@ -152,39 +190,46 @@ def _check_target(path: str, rule: TargetRule | None, where: str) -> None:
         )  # fmt: skip
 
 
-def _check_pair(path: str, keys: tuple[str, str], file: WeightsFile, rank: int) -> None:
-    """A is [r, in], B is [out, r] with the configured rank, both of a float dtype."""
+def _check_pair(path: str, keys: tuple[str, ...], file: WeightsFile, rank: int) -> None:
+    """A is [r, in], B is [out, r] with the configured rank, E [r, 1], magnitudes [out]; all of a float dtype."""
     where = shown_path(file.path)
-    a, b = (file.entries[key] for key in keys)
+    entries = [file.entries[key] for key in keys]
     problems: list[InputError] = []
-    for key, entry in zip(keys, (a, b), strict=True):
+    for key, entry in zip(keys, entries, strict=True):
         if entry.dtype not in FLOAT_DTYPES:
             problems.append(_wrong(f"tensor {key} is not of a float dtype", where, entry.dtype, "F32, F16, BF16, F64"))
         if len(entry.shape) == 4:
             problems.append(_wrong(f"tensor {key} belongs to a Conv2d", where, str(entry.shape), "Linear or Embedding"))
-    if not problems and not (_is_matrix(a) and a.shape[0] == rank):
-        need = f"[{rank}, in]: rank {rank} of {path} as {CONFIG_NAME} says"
-        problems.append(_wrong(f"tensor {keys[0]} has the wrong shape", where, str(list(a.shape)), need))
-    if not problems and not (_is_matrix(b) and b.shape[1] == rank):
-        need = f"[out, {rank}]: rank {rank} of {path} as {CONFIG_NAME} says"
-        problems.append(_wrong(f"tensor {keys[1]} has the wrong shape", where, str(list(b.shape)), need))
+    a, b = entries[:2]
+    says = f"rank {rank} of {path} as {CONFIG_NAME} says"
+    if not problems and not (_is_matrix(a, rank) and a.shape[0] == rank):
+        problems.append(
+            _wrong(f"tensor {keys[0]} has the wrong shape", where, str(list(a.shape)), f"[{rank}, in]: {says}")
+        )
+    if not problems and not (_is_matrix(b, rank) and b.shape[1] == rank):
+        problems.append(
+            _wrong(f"tensor {keys[1]} has the wrong shape", where, str(list(b.shape)), f"[out, {rank}]: {says}")
+        )
+    for key, entry in zip(keys[2:], entries[2:], strict=True):
+        need = (rank, 1) if key.endswith(".lora_E") else b.shape[:1]
+        if not problems and entry.shape != need:
+            problems.append(_wrong(f"tensor {key} has the wrong shape", where, str(list(entry.shape)), str(list(need))))
     raise_all(where, problems)
 
 
-def _is_matrix(entry: TensorEntry) -> bool:
-    return len(entry.shape) == 2 and all(0 < size <= MAX_FEATURES for size in entry.shape)
+def _is_matrix(entry: TensorEntry, rank: int) -> bool:
+    """Two sizes, none absurd; only a rank may be 0, where the config says so."""
+    return len(entry.shape) == 2 and all(0 < size <= MAX_FEATURES or size == rank == 0 for size in entry.shape)
 
 
 def _wrong(what: str, where: str, got: str, need: str) -> ExportError:
     return ExportError(what, where=where, got=got, need=need, code="E_TENSOR")
 
 
-def _read_side(file: WeightsFile, key: str) -> torch.Tensor:
-    """One tensor as float32 (PEFT, too, lifts fp16 and bf16 adapters to fp32); NaN and infinities are refused."""
-    tensor = file.read(key).float()
-    if not is_finite(tensor):
-        raise ExportError(
-            f"tensor {key} holds NaN or infinite values", where=shown_path(file.path), need="finite float32 values",
-            fix="the training diverged or the file is damaged; use an earlier save", code="E_VALUE",
-        )  # fmt: skip
-    return tensor
+def _read_delta(path: str, keys: tuple[str, ...], file: WeightsFile, fields: LoraFields | AdaLoraFields) -> LoraDelta:
+    """One module's tensors; AdaLoRA's singular values go into A."""
+    a, b, *third = (read_finite(file, key) for key in keys)
+    scale = fields.scale_of(path)
+    if fields.kind is AdapterKind.ADALORA:
+        return LoraDelta(a * third[0], b, scale)
+    return LoraDelta(a, b, scale, *third)

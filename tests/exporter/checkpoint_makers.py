@@ -79,6 +79,46 @@ def write_lora(
     return folder
 
 
+def write_adapter(folder: Path, base: Path, config: Any, *, seed: int = 0) -> Path:
+    """An adapter of any PEFT config, written by PEFT, with every trained tensor far from where it began."""
+    from peft import get_peft_model
+
+    model = get_peft_model(load_model(base), config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "lora_magnitude_vector" in name:
+            parameter.data *= 1 + 0.3 * noise
+        elif "lora_" in name:
+            parameter.data = 0.3 * noise
+        elif ".modules_to_save." in name or "trainable_tokens_delta" in name:
+            parameter.data += 0.3 * noise
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_dora(folder: Path, base: Path, targets: Sequence[str], *, seed: int = 0, **config: Any) -> Path:
+    """A DoRA of rank 3."""
+    from peft import LoraConfig
+
+    settings = {"r": 3, "lora_alpha": 5} | config
+    lora = LoraConfig(target_modules=list(targets), use_dora=True, task_type="CAUSAL_LM", **settings)
+    return write_adapter(folder, base, lora, seed=seed)
+
+
+def write_adalora(
+    folder: Path, base: Path, targets: Sequence[str], *, kept: Mapping[str, Sequence[bool]] | None = None,
+    seed: int = 0, **config: Any,
+) -> Path:  # fmt: skip
+    """An AdaLoRA that began with 4 ranks; `kept` tells by module path which are left."""
+    from peft import AdaLoraConfig
+
+    pattern = {f"{path}.lora_E": list(ranks) for path, ranks in (kept or {}).items()} or None
+    settings = {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10} | config
+    ada = AdaLoraConfig(target_modules=list(targets), task_type="CAUSAL_LM", rank_pattern=pattern, **settings)
+    return write_adapter(folder, base, ada, seed=seed)
+
+
 def write_experts(
     folder: Path, base: Path, count: int = 3, targets: Sequence[str] = ("q_proj", "v_proj")
 ) -> list[Path]:

@@ -9,7 +9,9 @@ import pytest
 from exporter.inspect import inspect_checkpoint, render
 from tests.exporter.checkpoint_makers import (
     edit_json,
+    write_adalora,
     write_base,
+    write_dora,
     write_experts,
     write_xlora_original,
     write_xlora_peft_damaged,
@@ -27,7 +29,7 @@ def test_a_damaged_xlora_is_shown_with_its_repair(tmp_path: Path, base: Path) ->
     text = render(inspect_checkpoint(tmp_path / "x"))
     for part in (
         "X-LoRA (PEFT layout)", "1 Linear: 32 -> 12", "one set per token and module (4)", "repaired bit-exactly",
-        "skill1  1    3     4", f"{tmp_path}/skill1", "llama, 2 blocks, hidden 32", "can be exported",
+        "skill1  1    lora  3     4", f"{tmp_path}/skill1", "llama, 2 blocks, hidden 32", "can be exported",
     ):  # fmt: skip
         assert part in text
     assert "refused" not in text
@@ -46,11 +48,22 @@ def test_refusals_are_listed_and_the_rest_still_shown(tmp_path: Path, base: Path
 def test_every_problem_has_its_line(tmp_path: Path, base: Path) -> None:
     (lora,) = write_experts(tmp_path, base, 1)
     assert inspect_checkpoint(lora).problems == []
-    edit_json(lora / "adapter_config.json", use_dora=True, lora_bias=True)
+    edit_json(lora / "adapter_config.json", use_qalora=True, lora_bias=True)
     assert [problem.split(": ")[1].split(" ")[0] for problem in inspect_checkpoint(lora).problems] == [
-        "use_dora",
         "lora_bias",
+        "use_qalora",
     ]
+
+
+def test_kinds_and_replaced_weights_are_shown(tmp_path: Path, base: Path) -> None:
+    config = {"modules_to_save": ["lm_head"]}
+    dora = render(inspect_checkpoint(write_dora(tmp_path / "dora", base, ("q_proj",), **config)))
+    assert ["0", "dora", "dora", "dora", "3"] in [line.split()[:5] for line in dora.splitlines()]
+    assert "note: expert dora replaces lm_head.weight: for static builds of dora=1 only" in dora
+    ada = render(inspect_checkpoint(write_adalora(tmp_path / "ada", base, ("q_proj",))))
+    assert ["0", "ada", "ada", "adalora", "4"] in [line.split()[:5] for line in ada.splitlines()]
+    for text in (dora, ada):
+        assert "can be exported" in text
 
 
 def test_base_folders_and_rubbish(tmp_path: Path, base: Path) -> None:

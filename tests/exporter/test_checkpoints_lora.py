@@ -174,14 +174,16 @@ def test_usual_patterns_pass() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"use_dora": True}, "use_dora = True cannot be exported: DoRA"),
+    ({"use_dora": True}, r"q_proj has no complete set of dora tensors; got .*; need lora_A.weight and .*magnitude"),
     ({"lora_bias": True}, "lora_bias = True cannot be exported"),
     ({"bias": "all"}, "bias = 'all' cannot be exported"),
-    ({"modules_to_save": ["lm_head"]}, "modules_to_save = .* cannot be exported"),
+    ({"modules_to_save": "lm_head"}, "field 'modules_to_save' is refused"),
     ({"target_parameters": ["mlp.experts"]}, "target_parameters = .* mixture-of-experts"),
     ({"alora_invocation_tokens": [1, 2]}, "aLoRA"),
     ({"layer_replication": [[0, 2]]}, "number of blocks"),
-    ({"trainable_token_indices": [1]}, "rows of the embedding"),
+    ({"trainable_token_indices": [1]}, "their rows are not in the file; got no token_adapter of the embedding"),
+    ({"trainable_token_indices": {"lm_head": [1]}}, "got no token_adapter of lm_head"),
+    ({"trainable_token_indices": [-1]}, "field 'trainable_token_indices.* is refused"),
     ({"use_qalora": True}, "QALoRA"),
     ({"use_bdlora": {"nblocks": 2}}, "BD-LoRA"),
     ({"arrow_config": {"top_k": 2}}, "Arrow"),
@@ -196,7 +198,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"init_lora_weights": "corda"}, "changes the base weights"),
     ({"init_lora_weights": "lora_ga"}, "changes the base weights"),
     ({"brand_new_field": {"on": True}}, "'brand_new_field' = .* not known here"),
-    ({"peft_type": "ADALORA"}, "got peft_type 'ADALORA'; need peft_type 'LORA'"),
+    ({"peft_type": "IA3"}, "got peft_type 'IA3'; need peft_type 'LORA'"),
+    ({"peft_type": "ADALORA"}, r"unexpected tensors.*lora_A\.weight"),
     ({"peft_type": ...}, "got peft_type None"),
     ({"r": 0}, "field 'r' is refused: Input should be greater than or equal to 1"),
     ({"r": 1025}, "field 'r' is refused"),
@@ -240,10 +243,10 @@ def test_unset_unknown_fields_are_fine(copied: Path) -> None:
 
 
 def test_all_problems_are_reported_at_once(copied: Path) -> None:
-    edit_json(copied / "adapter_config.json", use_dora=True, lora_alpha=-1, bias="all", r=9999)
+    edit_json(copied / "adapter_config.json", lora_bias=True, lora_alpha=-1, bias="all", r=9999)
     with pytest.raises(Problems, match="4 problems") as caught:
         read(copied)
-    for part in ("use_dora", "'lora_alpha'", "'r'", "bias = 'all'"):
+    for part in ("lora_bias", "'lora_alpha'", "'r'", "bias = 'all'"):
         assert part in str(caught.value)
 
 
@@ -251,10 +254,10 @@ def test_problems_of_several_folders_come_together(copied: Path, tmp_path: Path)
     other = tmp_path / "other"
     other.mkdir()
     (other / "adapter_config.json").write_text('{"peft_type": "IA3"}')
-    edit_json(copied / "adapter_config.json", use_dora=True)
+    edit_json(copied / "adapter_config.json", lora_bias=True)
     with pytest.raises(Problems) as caught:
         read(copied, other)
-    assert "use_dora" in str(caught.value)
+    assert "lora_bias" in str(caught.value)
     assert "IA3" in str(caught.value)
 
 

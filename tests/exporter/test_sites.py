@@ -125,6 +125,42 @@ def test_stacked_product_is_the_loop_over_experts(kind: SiteKind, groups: int) -
         assert difference(gated, without) > 0.1, "an expert is not missed"
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", SiteKind)
+def test_dora_is_the_loop_and_leaves_other_rows_alone(kind: SiteKind, groups: int) -> None:
+    """Rows of one batch under the DoRA expert, the LoRA beside it, the base, and the other DoRA."""
+    first, base = base_module(SiteKind.LINEAR), base_module(kind)
+    plain = experts(("first", "second"), ("second",), ("second",))
+    magnitude = torch.linspace(0.5, 3.0, OUT)
+    deltas = {path: replace(each, magnitude=magnitude) for path, each in plain.experts[0].deltas.items()}
+    other = {path: replace(each, magnitude=magnitude.flip(0)) for path, each in plain.experts[2].deltas.items()}
+    adapters = replace(
+        plain,
+        experts=(replace(plain.experts[0], deltas=deltas), plain.experts[1], replace(plain.experts[2], deltas=other)),
+    )
+    kinds = [("first", SiteKind.LINEAR), ("second", kind)]
+    rows = torch.zeros(4, 1, groups, EXPERTS)
+    rows[0, 0, -1, 0] = rows[1, 0, -1, 1] = rows[3, 0, -1, 2] = 1.0
+    x = torch.randn(1, 1, WIDTH, generator=torch.Generator().manual_seed(1)).expand(4, -1, -1)
+    x = torch.full((4, 1), 3) if kind is SiteKind.EMBEDDING else x
+
+    def gated(adapters: AdapterSet) -> torch.Tensor:
+        sites = [[site] for site in stack(adapters, kinds, nn.ModuleDict({"first": first, "second": base}))]
+        state = StepState(Columns(sites, EXPERTS, shared=groups == 1)(rows), torch.zeros(4, 1, dtype=torch.int64))
+        return gated_modules({"first": first, "second": base}, sites, state)["second"](x).detach()
+
+    raw = _Scalings()
+    raw.value = rows.expand(-1, -1, 2, -1)
+    looped = LoopedEmbedding if kind is SiteKind.EMBEDDING else LoopedModule
+    wanted = looped(base, [expert.deltas.get("second") for expert in adapters.experts], 1, raw)(x).detach()
+    got, without = gated(adapters), gated(plain)
+    assert difference(got, wanted) <= NOISE * float(wanted.abs().max())
+    assert (got[1:3] == without[1:3]).all(), "a LoRA's row and the base's stay bit for bit"
+    assert difference(got[0], without[0]) > 0.1
+    assert difference(got[3], without[3]) > 0.1
+    assert difference(got[0], got[3]) > 0.1
+
+
 def failing_inside(model: nn.Module) -> None:
     with replaced(model, {"1": nn.Identity()}):
         assert isinstance(model.get_submodule("1"), nn.Identity)

@@ -1,0 +1,95 @@
+"""Weights of the base that a PEFT adapter replaces: modules_to_save, and rows of trainable_token_indices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from exporter.adapters import Replacement
+from exporter.checkpoints.files import shown_path
+from exporter.checkpoints.lora_config import AdapterFields
+from exporter.checkpoints.patterns import is_named
+from exporter.checkpoints.problems import gathering, shortened
+from exporter.checkpoints.weights_file import FLOAT_DTYPES, WeightsFile, is_finite
+from exporter.errors import ExportError
+from runtime.errors import InputError, raise_all
+
+_KEY = re.compile(r"base_model\.model\.(?P<path>[A-Za-z0-9_.]{1,400})\.(?P<part>[A-Za-z0-9_]{1,100})")
+TOKENS = ".token_adapter"  # .trainable_tokens_delta: the new rows
+
+
+def replacing_keys(file: WeightsFile, fields: AdapterFields) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+    """Key in the file -> the parameter it replaces, and which rows of it; None: all of it."""
+    found: dict[str, tuple[str, tuple[int, ...] | None]] = {}
+    for key in file.entries:
+        match = _KEY.fullmatch(key)
+        if match is None or ".lora_" in key or match["part"].startswith("lora_"):
+            continue
+        path, part = match["path"], match["part"]
+        rows = _rows_of(path.removesuffix(TOKENS), fields)
+        if path.endswith(TOKENS) and part == "trainable_tokens_delta" and rows is not None:
+            found[key] = f"{path.removesuffix(TOKENS)}.weight", rows
+        elif is_saved(path, fields.modules_to_save or ()):
+            found[key] = f"{path}.{part}", None
+    return found
+
+
+def is_saved(path: str, names: list[str] | tuple[str, ...]) -> bool:
+    """Whether modules_to_save means this module or one around it: PEFT compares the ends of paths, without a dot."""
+    parts = path.split(".")
+    outer = [".".join(parts[: count + 1]) for count in range(len(parts))]
+    return any(around.endswith(name) for around in outer for name in names)
+
+
+def read_replacements(
+    file: WeightsFile, keys: Mapping[str, tuple[str, tuple[int, ...] | None]], fields: AdapterFields
+) -> dict[str, Replacement]:
+    """The new values by parameter name, as float32; every problem is raised at once."""
+    problems: list[InputError] = []
+    indices = fields.trainable_token_indices or {}
+    paths = [name.removesuffix(".weight") for name, rows in keys.values() if rows is not None]
+    wanted = list(indices) if isinstance(indices, dict) else [""]
+    if lost := [name for name in wanted if not any(path.endswith(name) for path in paths)]:
+        what = "trainable_token_indices are set, but their rows are not in the file"
+        got, fix = f"no {TOKENS[1:]} of {', '.join(lost) or 'the embedding'}", "save the adapter again"
+        raise ExportError(what, where=shown_path(file.path), got=got, fix=fix, code="E_KEYS")
+    found = {}
+    for key, (name, rows) in keys.items():
+        with gathering(problems):
+            found[name] = Replacement(_read_values(file, key, rows), rows)
+    raise_all(shown_path(file.path), shortened(problems))
+    return found
+
+
+def read_finite(file: WeightsFile, key: str) -> torch.Tensor:
+    """One tensor as float32 (PEFT, too, lifts fp16 and bf16 adapters to fp32); NaN and infinities are refused."""
+    tensor = file.read(key).float()
+    if not is_finite(tensor):
+        raise ExportError(
+            f"tensor {key} holds NaN or infinite values", where=shown_path(file.path), need="finite float32 values",
+            fix="the training diverged or the file is damaged; use an earlier save", code="E_VALUE",
+        )  # fmt: skip
+    return tensor
+
+
+def _read_values(file: WeightsFile, key: str, rows: tuple[int, ...] | None) -> torch.Tensor:
+    where, entry = shown_path(file.path), file.entries[key]
+    if entry.dtype not in FLOAT_DTYPES:
+        need = "F32, F16, BF16, F64"
+        raise ExportError(f"tensor {key} is not of a float dtype", where=where, got=entry.dtype, need=need)
+    if rows is not None and (len(entry.shape) != 2 or entry.shape[0] != len(rows) or len(set(rows)) < len(rows)):
+        raise ExportError(
+            f"tensor {key} does not fit trainable_token_indices", where=where, got=str(list(entry.shape)),
+            need=f"[{len(set(rows))}, width]: one row for each of the different token ids", code="E_TENSOR",
+        )  # fmt: skip
+    return read_finite(file, key)
+
+
+def _rows_of(path: str, fields: AdapterFields) -> tuple[int, ...] | None:
+    """The token ids whose rows of this module are trained; a plain list means those of the input embedding."""
+    indices = fields.trainable_token_indices
+    if isinstance(indices, dict):
+        return next((tuple(ids) for name, ids in indices.items() if is_named([name], path)), None)
+    return None if indices is None else tuple(indices)
