@@ -32,10 +32,11 @@ from exporter.publish import publish, stage
 from exporter.reference import Reference
 from exporter.rounding import require_half_range, require_rounded, round_model
 from exporter.sites import Site, SiteKind, stack
-from exporter.spec import BuildSpec, CacheChoice, DType, OpChoice
+from exporter.spec import BuildSpec, CacheChoice, DType, OpChoice, VariantSpec
 from exporter.static import folded_weights, mix_row, rounded_weights, untied
 from exporter.store import WeightStore
 from exporter.tokenizer import load_tokenizer, write_tokenizer
+from exporter.variants import check_variants, has_row_per_site, static_variants, variant_infos
 from exporter.verification import Verification
 from exporter.verify import LOGITS_LIMIT
 from exporter.watch import PeakMemory, StageClock
@@ -117,6 +118,8 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
                 with clock.stage(f"round to {spec.dtype}", root):
                     graphs = export_rounded(parts, spec, proofs, root)
                 check_operators(graphs, spec, clock)  # other dtypes, other rules
+            for note in added_weights_notes(graphs):
+                clock.notes(note)
             write_golden(golden, root)
             with clock.stage("digest sources"):
                 manifest = describe(parts, spec, graphs, reports, tokenizer)
@@ -137,9 +140,10 @@ def read_inputs(spec: BuildSpec) -> Inputs:
         check_half_range(adapters)
     if spec.mix is not None:
         mix_row(spec.mix, [expert.name for expert in adapters.experts])
+    check_variants(spec, adapters)
     touched = {path for expert in adapters.experts for path in expert.deltas}
-    odd = mix_note(spec.mix or {})
-    mixed = (odd,) if odd else ()
+    mixes = [spec.mix or {}, *(variant.mix.weights for variant in spec.variants)]
+    mixed = [note for mix in mixes if (note := mix_note(mix))]
     return Inputs(adapters, base, (*adapters.notes, *base.notes, *notes, *untying_notes(base, touched), *mixed))
 
 
@@ -149,7 +153,7 @@ def check_spec(spec: BuildSpec) -> None:
         raise ExportError("no adapters given", where="--adapters", need="an X-LoRA folder, or NAME=DIR of LoRA folders")
     if spec.threads is not None and spec.threads < 1:
         raise ExportError("threads", where="--threads", got=str(spec.threads), need="at least 1")
-    if Mode.STATIC in spec.modes and spec.mix is None:
+    if Mode.STATIC in spec.modes and not static_variants(spec):
         raise ExportError("a static graph needs a mix", where="--mode static", fix="--mix math=0.7,code=0.3")
     if Mode.STATIC not in spec.modes and spec.mix is not None:
         raise ExportError(
@@ -174,7 +178,7 @@ def estimate_bytes(spec: BuildSpec, inputs: Inputs) -> int:
     stored = sum(path.stat().st_size for path in inputs.base.files)
     written = 4 * sum(module.in_features * module.out_features for module in inputs.base.modules.values())
     base = max(stored, written)  # the graphs are fp32 (or have an fp32 twin), the files may be bf16
-    copies = len(spec.modes) + (2 if spec.dtype is not DType.FLOAT32 else 0)
+    copies = 1 + len(static_variants(spec)) + (2 if spec.dtype is not DType.FLOAT32 else 0)
     return base * copies + (64 << 20)
 
 
@@ -202,15 +206,14 @@ def export_graphs(
     root.mkdir(exist_ok=True)
     store = WeightStore(root)
     graphs = [export_dynamic(parts, spec, dtype, store)] if Mode.DYNAMIC in spec.modes else []
-    if Mode.STATIC in spec.modes:
-        graphs.append(export_static(parts, spec, dtype, store, twin))
+    graphs += [export_static(parts, spec, variant, dtype, store, twin) for variant in static_variants(spec)]
     return graphs
 
 
 def export_dynamic(parts: Parts, spec: BuildSpec, dtype: DType, store: WeightStore) -> Exported:
-    """The gated graph. G = number of sites with a layerwise gate, else 1."""
+    """The gated graph. G = number of sites with a layerwise gate or mixes by site, else 1."""
     gate = parts.gate
-    scalings = len(parts.sites) if gate is not None and gate.config.layerwise else 1
+    scalings = len(parts.sites) if has_row_per_site(spec, parts.inputs.adapters) else 1
     shape = signature_shape(
         parts.model,
         scalings,
@@ -226,19 +229,26 @@ def export_dynamic(parts: Parts, spec: BuildSpec, dtype: DType, store: WeightSto
 
 
 def export_static(
-    parts: Parts, spec: BuildSpec, dtype: DType, store: WeightStore, twin: WeightStore | None
+    parts: Parts, spec: BuildSpec, variant: VariantSpec, dtype: DType, store: WeightStore, twin: WeightStore | None
 ) -> Exported:
     """The plain base graph with the mix folded in; only the changed tensors are stored anew."""
-    assert spec.mix is not None
-    model = parts.model
-    row = mix_row(spec.mix, [expert.name for expert in parts.inputs.adapters.experts])
+    model, name, mix = parts.model, variant.name, variant.mix.weights
+    row = mix_row(mix, [expert.name for expert in parts.inputs.adapters.experts])
     shape = signature_shape(model, 0, 0, gate=False, dtype=dtype, cache=cache_style(spec))
     sites = [site for site in parts.sites if (row @ site.weights).any()]
     torch_dtype = getattr(torch, dtype.value)
-    changed = rounded_weights(twin, torch_dtype) if twin else folded_weights(model, sites, row)
+    changed = rounded_weights(twin, torch_dtype, name) if twin else folded_weights(model, sites, row, name)
     with untied(model, sites) as partners:
-        plan = GraphPlan("static", signature_from_shape(shape), spec.emit, changed=changed, partners=partners)
-        return Exported(graph_info(plan, Mode.STATIC, spec.mix), export_graph(model, plan, store), store)
+        plan = GraphPlan(name, signature_from_shape(shape), spec.emit, changed=changed, partners=partners)
+        return Exported(graph_info(plan, Mode.STATIC, mix), export_graph(model, plan, store), store)
+
+
+def added_weights_notes(graphs: Sequence[Exported]) -> Iterator[str]:
+    """A line for each static graph: what it costs on disk besides what all share."""
+    for graph in graphs:
+        if graph.info.mode is Mode.STATIC:
+            own = [at.length for name, at in graph.store.stored.items() if name.startswith(f"{graph.info.name}/")]
+            yield f"graph {graph.info.name} adds {sum(own):,} bytes of weights in {len(own)} tensors"
 
 
 def cache_style(spec: BuildSpec) -> CacheStyle:
@@ -359,6 +369,7 @@ def describe(
         sites=tuple(SiteInfo(path=s.path, kind=s.kind.value, experts=s.experts, ranks=s.ranks) for s in parts.sites),
         gate=None if adapters.gate is None else gate_info(adapters.gate, len(adapters.experts)),
         graphs=tuple(graph.info for graph in graphs),
+        variants=variant_infos(spec, adapters),
         tokenizer=tokenizer,
         artifacts=(),
         sources=source_files(adapters, base),

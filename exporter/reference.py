@@ -82,8 +82,8 @@ class Reference:
         precise.model = copy.deepcopy(self.model).double()
         return precise
 
-    def constant(self, row: Sequence[float], tokens: Sequence[int]) -> ReferenceResult:
-        """One pass with the same scalings [E] everywhere; no top-k rule applies to a mix."""
+    def constant(self, row: Sequence[float] | Sequence[Sequence[float]], tokens: Sequence[int]) -> ReferenceResult:
+        """One pass with the same scalings everywhere [E], or those of each site [sites, E]; no top-k rule applies."""
         with self._looped() as scalings:
             scalings.value = self._filled(torch.tensor(row), len(tokens))
             return ReferenceResult(self._forward(tokens)[0], None)

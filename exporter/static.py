@@ -14,8 +14,6 @@ from exporter.errors import ExportError
 from exporter.sites import Site, SiteKind
 from exporter.store import Weight, WeightStore
 
-PREFIX = "static/"  # of the stored names of changed weights
-
 
 def mix_row(mix: Mapping[str, float], experts: Sequence[str]) -> torch.Tensor:
     """The mix as scalings [E]; experts it does not name get 0."""
@@ -43,19 +41,22 @@ def folded_weight(base: torch.Tensor, site: Site, row: torch.Tensor) -> torch.Te
     return (base.float() + delta).to(base.dtype)
 
 
-def folded_weights(model: nn.Module, sites: Iterable[Site], row: torch.Tensor) -> dict[str, Weight]:
-    """Parameter -> what stands in its place, computed when the store writes it, under the name static/<parameter>."""
+def folded_weights(
+    model: nn.Module, sites: Iterable[Site], row: torch.Tensor, graph: str = "static"
+) -> dict[str, Weight]:
+    """Parameter -> what stands in its place, computed when the store writes it, under the name <graph>/<parameter>."""
 
     def weight(name: str, site: Site) -> Weight:
         base = model.get_parameter(name)
-        return Weight(f"{PREFIX}{name}", base.dtype, tuple(base.shape), lambda: folded_weight(base, site, row))
+        return Weight(f"{graph}/{name}", base.dtype, tuple(base.shape), lambda: folded_weight(base, site, row))
 
     return {name: weight(name, site) for site in sites for name in [f"{site.path}.weight"]}
 
 
-def rounded_weights(folded: WeightStore, dtype: torch.dtype) -> dict[str, Weight]:
+def rounded_weights(folded: WeightStore, dtype: torch.dtype, graph: str = "static") -> dict[str, Weight]:
     """The changed weights of an fp32 build, rounded once to `dtype`; folding rounded weights would round twice."""
-    return {weight.name.removeprefix(PREFIX): rounded(weight, dtype) for weight in folded.weights(PREFIX)}
+    prefix = f"{graph}/"
+    return {weight.name.removeprefix(prefix): rounded(weight, dtype) for weight in folded.weights(prefix)}
 
 
 def rounded(weight: Weight, dtype: torch.dtype) -> Weight:
