@@ -184,7 +184,6 @@ def test_a_shared_gate_said_to_each_site_is_the_shared_gate(tmp_path: Path) -> N
     for place in range(len(rows)):
         ties.compare(one[place], each[place], str(rows[place]))
     ties.check()
-    verify_bundle(per_site.root, checkpoint.spec())
     with load(shared.root) as model, pytest.raises(Exception, match=r"Fix: build with --scalings sites"):
         complete(model, [Routed(PROMPTS[0], mix=MixInfo(weights=COOL, sites=LOCAL))], GREEDY)
 
@@ -281,12 +280,14 @@ def test_a_mix_by_site_needs_a_row_a_site(tmp_path: Path, capsys: pytest.Capture
     assert message in refusal(checkpoint, *words, capsys=capsys)
 
 
-def test_an_expert_called_as_an_implicit_variant_is_refused(
+def test_an_expert_called_as_the_gates_variant_is_refused(
     checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     experts = json.loads((checkpoint.xlora / "adapter_config.json").read_text())["adapters"]
-    named = [f"{name}={path}" for name, path in zip(("xlora", "code", "base"), experts.values(), strict=True)]
-    assert main(["build", "-q", "--out", str(tmp_path / "never"), "--adapters", *named]) == 2
-    err = capsys.readouterr().err
-    assert "an expert is called base, as a variant of every such bundle is. Fix: give the expert another name" in err
-    assert "called xlora" not in err, "there is no gate"
+    named = [f"{key}:{name}={experts[key]}" for key, name in zip(experts, ("math", "xlora", "code"), strict=True)]
+    words = ["--gate", str(checkpoint.xlora), "--adapters", *named]
+    assert main(["build", "-q", "--out", str(tmp_path / "never"), *words]) == 2
+    assert capsys.readouterr().err == (
+        "error: an expert is called xlora, as a variant of every such bundle is. "
+        "Fix: give the expert another name: NAME=DIR\n"
+    )
