@@ -65,8 +65,8 @@ def contradictions(manifest: Manifest) -> Iterator[tuple[str, str]]:
     for variant in manifest.variants:
         for problem in _variant_contradictions(manifest, variant):
             yield f"variants.{variant.name}", problem
-    if len({variant.name.lower() for variant in manifest.variants}) < len(manifest.variants):
-        yield "variants", "has a name twice (letter case does not tell names apart)"
+    if len({variant.name for variant in manifest.variants}) < len(manifest.variants):
+        yield "variants", "has a name twice"
     names = [graph.name for graph in manifest.graphs]
     if not names or len(set(names)) < len(names):
         yield "graphs", "needs at least one graph, each with its own name"

@@ -14,12 +14,15 @@ import pytest
 
 from runtime import GenerateOptions, InputError, Model, Routed, Sampling, complete, load
 from runtime.backends.ort import OrtSession
+from runtime.bundle import read_manifest
 from runtime.cli import main
 from runtime.generate import generate
-from runtime.manifest import MixInfo
+from runtime.manifest import MixInfo, VariantInfo, VariantKind
 from runtime.mix_file import MixFile, write_mix
 from runtime.rows import Rows
+from runtime.sealed_folder import manifest_bytes
 from runtime.signature import CacheStyle
+from tests.runtime.bundle_makers import artifacts_of, bundle_files, make_bundle, make_manifest
 from tests.runtime.tiny_bundles import BYTE_SHAPE, SCALING_PASS, tiny_bundle
 from tests.runtime.tiny_graphs import TinyShape, reference, reference_exact, tiny_weights
 from tests.same_tokens import Ties, greedy_ids, seen_logits
@@ -285,10 +288,47 @@ def test_a_mix_by_site_needs_a_graph_with_a_row_a_site(model: Model) -> None:
 
 def test_a_bundle_without_named_variants_says_so(tmp_path: Path) -> None:
     """One of before there were any."""
-    from tests.runtime.bundle_makers import make_bundle
-
     with pytest.raises(InputError, match="no variant 'math'; need one of: none; this bundle was built without"):
         load(make_bundle(tmp_path / "old"), variant="math")
+
+
+def listed(name: str = "warm", **changes: Any) -> VariantInfo:
+    fields = {"name": name, "kind": VariantKind.MIX, "graph": "dynamic", "mix": MixInfo(weights={"math": 1.0})}
+    return VariantInfo(**(fields | changes))
+
+
+GATE_KIND, STATIC_KIND = {"kind": VariantKind.GATE, "mix": None}, {"kind": VariantKind.STATIC, "mix": None}
+
+
+@pytest.mark.parametrize(
+    ("variants", "text"),
+    [
+        ([listed(), listed()], "variants: has a name twice"),
+        ([listed(graph="other")], r"variants\.warm: its graph 'other' does not exist"),
+        ([listed(graph="static")], "a mix variant cannot run on a static graph"),
+        ([listed(**STATIC_KIND)], "a static variant cannot run on a dynamic graph"),
+        ([listed(mix=None)], "exactly the variants of the kind mix have a mix"),
+        ([listed(kind=VariantKind.GATE)], "exactly the variants of the kind mix have a mix"),
+        ([listed(mix=MixInfo(weights={"art": 1.0}))], "its mix names unknown experts: art"),
+        ([listed(mix=MixInfo(sites={"nowhere": {}}))], "its mix names unknown sites: nowhere"),
+    ],
+)
+def test_variants_that_contradict_the_bundle_are_refused(variants: list[VariantInfo], text: str) -> None:
+    manifest = make_manifest(artifacts_of(bundle_files()), variants=tuple(variants))
+    with pytest.raises(InputError, match=text):
+        read_manifest(manifest_bytes(manifest))
+
+
+def test_variants_need_the_gate_or_the_rows_they_are_of() -> None:
+    files = artifacts_of(bundle_files())
+    read_manifest(manifest_bytes(make_manifest(files, variants=(listed(**GATE_KIND),))))
+    with pytest.raises(InputError, match=r"variants\.warm: there is no gate"):
+        read_manifest(manifest_bytes(make_manifest(files, variants=(listed(**GATE_KIND),), gate=None)))
+    good = make_manifest(files)
+    local = listed(mix=MixInfo(sites={good.sites[0].path: {"math": 1.0}}))
+    read_manifest(manifest_bytes(make_manifest(files, variants=(local,))))
+    with pytest.raises(InputError, match="has weights by site, its graph has not one row of scalings a site"):
+        read_manifest(manifest_bytes(make_manifest(files, variants=(local,), sites=good.sites[:3])))
 
 
 # --- the command line -----------------------------------------------------------------------------
