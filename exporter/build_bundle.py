@@ -32,19 +32,25 @@ from exporter.publish import publish, stage
 from exporter.reference import Reference
 from exporter.rounding import require_half_range, require_rounded, round_model
 from exporter.sites import Site, SiteKind, stack
-from exporter.spec import BuildSpec, CacheChoice, DType, OpChoice
+from exporter.spec import BuildSpec, CacheChoice, DType, OpChoice, VariantSpec
 from exporter.static import (
     folded_weights,
     mix_row,
     replaced_weights,
     replacements_of,
-    require_foldable,
-    require_switchable,
     rounded_weights,
     untied,
 )
 from exporter.store import WeightStore
 from exporter.tokenizer import load_tokenizer, write_tokenizer
+from exporter.variants import (
+    check_variants,
+    has_row_per_site,
+    require_foldable,
+    require_switchable,
+    static_variants,
+    variant_infos,
+)
 from exporter.verification import Verification
 from exporter.verify import LOGITS_LIMIT
 from exporter.watch import PeakMemory, StageClock
@@ -126,6 +132,8 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
                 with clock.stage(f"round to {spec.dtype}", root):
                     graphs = export_rounded(parts, spec, proofs, root)
                 check_operators(graphs, spec, clock)  # other dtypes, other rules
+            for note in added_weights_notes(graphs):
+                clock.notes(note)
             write_golden(golden, root)
             with clock.stage("digest sources"):
                 manifest = describe(parts, spec, graphs, reports, tokenizer)
@@ -149,12 +157,13 @@ def read_inputs(spec: BuildSpec) -> Inputs:
         require_foldable(spec.mix, adapters.experts)
     if Mode.DYNAMIC in spec.modes:
         require_switchable(adapters.experts)
+    check_variants(spec, adapters)
     touched = {path for expert in adapters.experts for path in expert.deltas}
     touched |= {
         name.rpartition(".")[0] for e in adapters.experts for name, new in e.replacements.items() if not new.rows
     }
-    odd = mix_note(spec.mix or {})
-    mixed = (odd,) if odd else ()
+    mixes = [spec.mix or {}, *(variant.mix.weights for variant in spec.variants)]
+    mixed = [note for mix in mixes if (note := mix_note(mix))]
     return Inputs(adapters, base, (*adapters.notes, *base.notes, *notes, *untying_notes(base, touched), *mixed))
 
 
@@ -164,7 +173,7 @@ def check_spec(spec: BuildSpec) -> None:
         raise ExportError("no adapters given", where="--adapters", need="an X-LoRA folder, or NAME=DIR of LoRA folders")
     if spec.threads is not None and spec.threads < 1:
         raise ExportError("threads", where="--threads", got=str(spec.threads), need="at least 1")
-    if Mode.STATIC in spec.modes and spec.mix is None:
+    if Mode.STATIC in spec.modes and not static_variants(spec):
         raise ExportError("a static graph needs a mix", where="--mode static", fix="--mix math=0.7,code=0.3")
     if Mode.STATIC not in spec.modes and spec.mix is not None:
         raise ExportError(
@@ -189,7 +198,7 @@ def estimate_bytes(spec: BuildSpec, inputs: Inputs) -> int:
     stored = sum(path.stat().st_size for path in inputs.base.files)
     written = 4 * sum(module.in_features * module.out_features for module in inputs.base.modules.values())
     base = max(stored, written)  # the graphs are fp32 (or have an fp32 twin), the files may be bf16
-    copies = len(spec.modes) + (2 if spec.dtype is not DType.FLOAT32 else 0)
+    copies = 1 + len(static_variants(spec)) + (2 if spec.dtype is not DType.FLOAT32 else 0)
     return base * copies + (64 << 20)
 
 
@@ -217,15 +226,14 @@ def export_graphs(
     root.mkdir(exist_ok=True)
     store = WeightStore(root)
     graphs = [export_dynamic(parts, spec, dtype, store)] if Mode.DYNAMIC in spec.modes else []
-    if Mode.STATIC in spec.modes:
-        graphs.append(export_static(parts, spec, dtype, store, twin))
+    graphs += [export_static(parts, spec, variant, dtype, store, twin) for variant in static_variants(spec)]
     return graphs
 
 
 def export_dynamic(parts: Parts, spec: BuildSpec, dtype: DType, store: WeightStore) -> Exported:
-    """The gated graph. G = number of sites with a layerwise gate, else 1."""
+    """The gated graph. G = number of sites with a layerwise gate or mixes by site, else 1."""
     gate = parts.gate
-    scalings = len(parts.sites) if gate is not None and gate.config.layerwise else 1
+    scalings = len(parts.sites) if has_row_per_site(spec, parts.inputs.adapters) else 1
     shape = signature_shape(
         parts.model,
         scalings,
@@ -241,22 +249,29 @@ def export_dynamic(parts: Parts, spec: BuildSpec, dtype: DType, store: WeightSto
 
 
 def export_static(
-    parts: Parts, spec: BuildSpec, dtype: DType, store: WeightStore, twin: WeightStore | None
+    parts: Parts, spec: BuildSpec, variant: VariantSpec, dtype: DType, store: WeightStore, twin: WeightStore | None
 ) -> Exported:
     """The plain base graph with the mix folded in; only the changed tensors are stored anew."""
-    assert spec.mix is not None
-    model = parts.model
-    row = mix_row(spec.mix, [expert.name for expert in parts.inputs.adapters.experts])
+    model, name, mix = parts.model, variant.name, variant.mix.weights
+    row = mix_row(mix, [expert.name for expert in parts.inputs.adapters.experts])
     shape = signature_shape(model, 0, 0, gate=False, dtype=dtype, cache=cache_style(spec))
     sites = [site for site in parts.sites if (row @ site.weights).any()]
     torch_dtype = getattr(torch, dtype.value)
     new = replacements_of(parts.inputs.adapters.experts, row)
-    changed = folded_weights(model, sites, row) | replaced_weights(model, new)
+    changed = folded_weights(model, sites, row, name) | replaced_weights(model, new, name)
     if twin:
-        changed = rounded_weights(twin, torch_dtype)
+        changed = rounded_weights(twin, torch_dtype, name)
     with untied(model, sites, [name for name in new if new[name].rows is None]) as partners:
-        plan = GraphPlan("static", signature_from_shape(shape), spec.emit, changed=changed, partners=partners)
-        return Exported(graph_info(plan, Mode.STATIC, spec.mix), export_graph(model, plan, store), store)
+        plan = GraphPlan(name, signature_from_shape(shape), spec.emit, changed=changed, partners=partners)
+        return Exported(graph_info(plan, Mode.STATIC, mix), export_graph(model, plan, store), store)
+
+
+def added_weights_notes(graphs: Sequence[Exported]) -> Iterator[str]:
+    """A line for each static graph: what it costs on disk besides what all share."""
+    for graph in graphs:
+        if graph.info.mode is Mode.STATIC:
+            own = [at.length for name, at in graph.store.stored.items() if name.startswith(f"{graph.info.name}/")]
+            yield f"graph {graph.info.name} adds {sum(own):,} bytes of weights in {len(own)} tensors"
 
 
 def cache_style(spec: BuildSpec) -> CacheStyle:
@@ -378,6 +393,7 @@ def describe(
         sites=tuple(SiteInfo(path=s.path, kind=s.kind.value, experts=s.experts, ranks=s.ranks) for s in parts.sites),
         gate=None if adapters.gate is None else gate_info(adapters.gate, len(adapters.experts)),
         graphs=tuple(graph.info for graph in graphs),
+        variants=variant_infos(spec, adapters),
         tokenizer=tokenizer,
         artifacts=(),
         sources=source_files(adapters, base),

@@ -12,7 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from exporter.spec import AdapterSource, BuildSpec, CacheChoice, DType, OpChoice
+from exporter.spec import AdapterSource, BuildSpec, CacheChoice, DType, OpChoice, ScalingsChoice
 from runtime.command import run_command
 from runtime.engines import Target
 from runtime.errors import InputError
@@ -83,6 +83,19 @@ def _add_build(command: argparse.ArgumentParser) -> None:
     _add_sources(command)
     add("--mode", nargs="+", type=_one_of(Mode), choices=list(Mode), default=[Mode.DYNAMIC], help="one or both")
     add("--mix", metavar="math=0.7,code=0.3", help="the mix of a static graph; 'base' for no expert")
+    add(
+        "--variants",
+        nargs="+",
+        default=[],
+        metavar="NAME:[static:]MIX|FILE.json",
+        help="named mixes: rows of the dynamic graph, or static graphs of their own; MIX as for --mix, or a mix file",
+    )
+    add(
+        "--scalings",
+        type=_one_of(ScalingsChoice),
+        choices=list(ScalingsChoice),
+        help="rows of scalings a token; default sites where the gate or a named mix has weights by site",
+    )
     add("--out", type=Path, metavar="DIR", help="default ./NAME-MODE")
     add("--overwrite", action="store_true", help="replace the bundle that is there")
     add("--emit", type=_one_of(Emit), choices=list(Emit), default=Emit.PORTABLE, help="opset 18 or opset 24 operators")
@@ -312,6 +325,7 @@ def _silence_transformers() -> None:
 
 
 def _build_spec(args: argparse.Namespace) -> BuildSpec:
+    from exporter.variants import variants_from_words
     from runtime.mix import mix_from_text
 
     return BuildSpec(
@@ -320,6 +334,8 @@ def _build_spec(args: argparse.Namespace) -> BuildSpec:
         gate=args.gate,
         modes=tuple(dict.fromkeys(args.mode)),
         mix=None if args.mix is None else mix_from_text(args.mix),
+        variants=variants_from_words(args.variants),
+        scalings=args.scalings,
         out=args.out,
         emit=args.emit,
         dtype=args.dtype,

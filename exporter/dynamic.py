@@ -63,8 +63,14 @@ class TracedModel(nn.Module):
         ).logits
         require_window(self.model.config.get_text_config(), cache)
         assert self.state.hidden is not None
-        gate = () if self.gate is None else (self.gate(self.state.hidden),)
+        gate = () if self.gate is None or scalings is None else (self._scalings(self.gate, scalings.shape[2]),)
         return (logits, *gate, *(cache.present if self.cache is not CacheStyle.NONE else ()))
+
+    def _scalings(self, gate: Gate, rows: int) -> torch.Tensor:
+        """What the gate says [B, S, G, E]; a gate with one row for all sites says it to each."""
+        assert self.state.hidden is not None
+        scalings = gate(self.state.hidden)
+        return scalings if scalings.shape[2] == rows else scalings.expand(-1, -1, rows, -1)
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def export_graph(model: PreTrainedModel, plan: GraphPlan, store: WeightStore) ->
     base = frozenset(base_names.values())
     store.write("base", [weight for name, weight in read.values() if name in base and name not in plan.changed])
     store.write("adapters", [weight for name, weight in read.values() if name not in base])
-    store.write("static", [weight for name, weight in read.values() if name in plan.changed])
+    store.write(plan.name, [weight for name, weight in read.values() if name in plan.changed])
     for initializer, (_, weight) in read.items():
         value = graph.graph.initializers[initializer]
         value.const_value = store.external(weight.name)

@@ -103,8 +103,8 @@ class Reference:
         precise.model = copy.deepcopy(self.model).double()
         return precise
 
-    def constant(self, row: Sequence[float], tokens: Sequence[int]) -> ReferenceResult:
-        """One pass with the same scalings [E] everywhere; no top-k rule applies to a mix."""
+    def constant(self, row: Sequence[float] | Sequence[Sequence[float]], tokens: Sequence[int]) -> ReferenceResult:
+        """One pass with the same scalings everywhere [E], or those of each site [sites, E]; no top-k rule applies."""
         with self._replaced(row), self._looped() as scalings:
             scalings.value = self._filled(torch.tensor(row), len(tokens))
             return ReferenceResult(self._forward(tokens)[0], None)
@@ -123,7 +123,7 @@ class Reference:
             return ReferenceResult(self._forward(tokens)[0], shown[0])
 
     @contextmanager
-    def _replaced(self, row: Sequence[float]) -> Iterator[None]:
+    def _replaced(self, row: Sequence[object]) -> Iterator[None]:
         """What PEFT does for modules_to_save and trainable_token_indices of the only expert with a scaling."""
         before: list[tuple[nn.Module, str, nn.Parameter]] = []
         for expert in (expert for s, expert in zip(row, self.experts, strict=True) if s):

@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from runtime.engines import Target
-from runtime.manifest import Emit, Mode, TopkSoftmax, VerifyLevel
+from runtime.manifest import Emit, MixInfo, Mode, TopkSoftmax, VerifyLevel
 
 
 class DType(StrEnum):
@@ -32,6 +32,22 @@ class OpChoice(StrEnum):
     PLUGIN = "plugin"
 
 
+class ScalingsChoice(StrEnum):
+    """How many rows of scalings a token has in the dynamic graph."""
+
+    SITES = "sites"  # one a site
+    SHARED = "shared"  # one for all sites
+
+
+@dataclass(frozen=True, slots=True)
+class VariantSpec:
+    """A named mix: a row of the dynamic graph, or folded into a static graph of that name."""
+
+    name: str
+    mix: MixInfo
+    is_static: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterSource:
     """One `--adapters` word: DIR, NAME=DIR or KEY:NAME=DIR."""
@@ -49,11 +65,13 @@ class BuildSpec:
     base: str | None = None  # folder or hub id; None: the one the adapters' configs name
     gate: Path | None = None
     modes: tuple[Mode, ...] = (Mode.DYNAMIC,)
-    mix: dict[str, float] | None = None
+    mix: dict[str, float] | None = None  # of the static graph called "static"
+    variants: tuple[VariantSpec, ...] = ()  # named ones, besides the base, each expert and the gate
     out: Path | None = None  # None: ./NAME-MODE
     emit: Emit = Emit.PORTABLE
     dtype: DType = DType.FLOAT32
     cache: CacheChoice = CacheChoice.KV
+    scalings: ScalingsChoice | None = None  # None: a row a site where the gate or a mix has one
     gate_op: OpChoice = OpChoice.OPS  # top-k and softmax of the gate
     site_op: OpChoice = OpChoice.OPS  # the gated low-rank update of a site
     topk_softmax: TopkSoftmax | None = None

@@ -14,10 +14,6 @@ from exporter.adapters import Expert, Replacement
 from exporter.errors import ExportError
 from exporter.sites import Site, SiteKind, is_transposed
 from exporter.store import Weight, WeightStore
-from runtime.manifest import AdapterKind
-from runtime.mix import require_unmixed
-
-PREFIX = "static/"  # of the stored names of changed weights
 
 
 def mix_row(mix: Mapping[str, float], experts: Sequence[str]) -> torch.Tensor:
@@ -35,34 +31,6 @@ def mix_row(mix: Mapping[str, float], experts: Sequence[str]) -> torch.Tensor:
     return row
 
 
-def require_foldable(mix: Mapping[str, float], experts: Sequence[Expert]) -> None:
-    """Refuse a mix of what cannot be mixed: DoRA, and experts that replace weights of the base."""
-    require_unmixed(mix, [expert.name for expert in experts if expert.kind is AdapterKind.DORA], "--mix")
-    used = {name: weight for name, weight in mix.items() if weight}
-    for expert in experts:
-        if expert.replacements and expert.name in used and used != {expert.name: 1.0}:
-            raise ExportError(
-                f"{expert.name} cannot be mixed: it replaces {', '.join(expert.replacements)} of the base",
-                where="--mix",
-                got=",".join(f"{name}={weight:g}" for name, weight in used.items()),
-                need=f"{expert.name}=1 and no other expert, or a mix without it",
-                code="E_MIX",
-            )
-
-
-def require_switchable(experts: Sequence[Expert]) -> None:
-    """Refuse experts that a dynamic graph cannot switch on and off: those that replace weights of the base."""
-    for expert in experts:
-        if expert.replacements:
-            raise ExportError(
-                f"{expert.name} replaces {', '.join(expert.replacements)} of the base, which scalings cannot switch",
-                where="--mode dynamic",
-                fix=f"--mode static --mix {expert.name}=1, or train the expert without modules_to_save and "
-                "trainable_token_indices",
-                code="E_UNSUPPORTED",
-            )
-
-
 def folded_weight(base: torch.Tensor, site: Site, row: torch.Tensor) -> torch.Tensor:
     """W' = W + (b * (s . weights)) a in fp32, rounded once to W's dtype. Conv1D and Embedding store W transposed.
 
@@ -78,12 +46,14 @@ def folded_weight(base: torch.Tensor, site: Site, row: torch.Tensor) -> torch.Te
     return weight.to(base.dtype)
 
 
-def folded_weights(model: nn.Module, sites: Iterable[Site], row: torch.Tensor) -> dict[str, Weight]:
-    """Parameter -> what stands in its place, computed when the store writes it, under the name static/<parameter>."""
+def folded_weights(
+    model: nn.Module, sites: Iterable[Site], row: torch.Tensor, graph: str = "static"
+) -> dict[str, Weight]:
+    """Parameter -> what stands in its place, computed when the store writes it, under the name <graph>/<parameter>."""
 
     def weight(name: str, site: Site) -> Weight:
         base = model.get_parameter(name)
-        return Weight(f"{PREFIX}{name}", base.dtype, tuple(base.shape), lambda: folded_weight(base, site, row))
+        return Weight(f"{graph}/{name}", base.dtype, tuple(base.shape), lambda: folded_weight(base, site, row))
 
     return {name: weight(name, site) for site in sites for name in [f"{site.path}.weight"]}
 
@@ -94,12 +64,12 @@ def replacements_of(experts: Sequence[Expert], row: torch.Tensor) -> dict[str, R
     return {name: new for expert in used for name, new in expert.replacements.items()}
 
 
-def replaced_weights(model: nn.Module, replacements: Mapping[str, Replacement]) -> dict[str, Weight]:
+def replaced_weights(model: nn.Module, replacements: Mapping[str, Replacement], graph: str) -> dict[str, Weight]:
     """Parameter -> the weight that replaces it."""
 
     def weight(name: str, new: Replacement) -> Weight:
         base = model.get_parameter(name)
-        return Weight(f"{PREFIX}{name}", base.dtype, tuple(base.shape), lambda: replaced_weight(base, new))
+        return Weight(f"{graph}/{name}", base.dtype, tuple(base.shape), lambda: replaced_weight(base, new))
 
     return {name: weight(name, new) for name, new in replacements.items()}
 
@@ -110,9 +80,10 @@ def replaced_weight(base: torch.Tensor, new: Replacement) -> torch.Tensor:
     return values if new.rows is None else base.index_copy(0, torch.tensor(new.rows), values)
 
 
-def rounded_weights(folded: WeightStore, dtype: torch.dtype) -> dict[str, Weight]:
+def rounded_weights(folded: WeightStore, dtype: torch.dtype, graph: str = "static") -> dict[str, Weight]:
     """The changed weights of an fp32 build, rounded once to `dtype`; folding rounded weights would round twice."""
-    return {weight.name.removeprefix(PREFIX): rounded(weight, dtype) for weight in folded.weights(PREFIX)}
+    prefix = f"{graph}/"
+    return {weight.name.removeprefix(prefix): rounded(weight, dtype) for weight in folded.weights(prefix)}
 
 
 def rounded(weight: Weight, dtype: torch.dtype) -> Weight:

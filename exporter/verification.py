@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from exporter.gate import scaling_pass_row
 from exporter.prompts import encode_prompts
 from exporter.reference import Reference, ReferenceResult
 from exporter.spec import BuildSpec
+from exporter.variants import row_variants
 from exporter.verify import (
     EXTENTS,
     Extent,
@@ -27,6 +28,7 @@ from exporter.verify import (
 from runtime.backends import open_session
 from runtime.golden import GoldenCase, GoldenLimits, case_from_replay
 from runtime.manifest import AdapterKind, GraphInfo, Mode, TopkSoftmax, VerifyLevel, VerifyReport
+from runtime.mix_file import scalings_from_file
 from runtime.replay import replay
 from runtime.session import Session, SessionSettings
 from runtime.signature import SCALINGS
@@ -86,16 +88,39 @@ class Verification:
             singles = [[float(e == i) for e in range(n)] for i in range(n)]
             names = [f"expert {expert.name}" for expert in experts]
             alone = [self._constant(*pair, width) for pair in zip(names, singles, strict=True)]
-            return [*mixes, base, *alone] if mixes else [*alone, base]
+            return [*([*mixes, base, *alone] if mixes else [*alone, base]), *self.named(graph)]
         row = np.tile(scaling_pass_row(gate, n).numpy(), (width, 1)).astype(np.float32)
         per_length = gate.softmax_topk and gate.topk_softmax is TopkSoftmax.FLATTENED
         gated = Scenario(
-            "gate", row, True, per_length, self.reference.gated, self._base, self._precise(lambda r, ids: r.gated(ids))
+            "gate",
+            row,
+            True,
+            per_length,
+            lambda ids: widened(self.reference.gated(ids), width),
+            self._base,
+            self._precise(lambda r, ids: widened(r.gated(ids), width)),
         )
-        return [gated, *mixes, base]
+        return [gated, *mixes, base, *self.named(graph)]
 
-    def _constant(self, name: str, weights: Sequence[float], width: int | None) -> Scenario:
-        row = None if width is None else np.tile(np.array(weights, np.float32), (width, 1))
+    def named(self, graph: GraphInfo) -> list[Scenario]:
+        """One for each mix that `--variants` names, on the graph that takes it as scalings."""
+        spec = graph.signature.input(SCALINGS)
+        if spec is None:
+            return []
+        experts, sites = [expert.name for expert in self.adapters.experts], [path for path, _ in self.reference.sites]
+        rows = [(variant.name, scalings_from_file(variant.mix, experts, sites)) for variant in row_variants(self.spec)]
+        return [
+            self._constant(f"variant {name}", (row if len(row) > 1 else row[0]).tolist(), int(spec.shape[2]))
+            for name, row in rows
+        ]
+
+    def _constant(self, name: str, weights: Sequence[float] | Sequence[Sequence[float]], width: int | None) -> Scenario:
+        """`weights` [E], or [sites, E]."""
+        row = (
+            None
+            if width is None
+            else np.broadcast_to(np.array(weights, np.float32), (width, len(self.adapters.experts)))
+        )
         precise = self._precise(lambda reference, ids: reference.constant(weights, ids))
         return Scenario(name, row, False, False, lambda ids: self.reference.constant(weights, ids), self._base, precise)
 
@@ -124,10 +149,12 @@ class Verification:
         return encode_prompts(self.spec.prompts, self.tokenizer, self.vocab_size, count, longest)
 
     def _golden(self, session: Session, graph: GraphInfo, scenario: Scenario) -> list[GoldenCase]:
+        """All prompts under the first scenario, one under each named mix."""
         longest = min(GOLDEN_LONGEST, self.max_positions // 2)
         tokens = min(GOLDEN_TOKENS, self.max_positions - longest)
         prompts = self._prompts(GOLDEN_PROMPTS, longest)
-        return [self._case(session, graph, scenario, prompt, tokens) for prompt in prompts]
+        wanted = [*((scenario, prompt) for prompt in prompts), *((named, prompts[0]) for named in self.named(graph))]
+        return [self._case(session, graph, *each, tokens) for each in wanted]
 
     def _case(
         self, session: Session, graph: GraphInfo, scenario: Scenario, prompt: Sequence[int], tokens: int
@@ -160,3 +187,8 @@ class Verification:
 
     def _stage_b(self) -> str:
         return "not needed (fp32)" if self.spec.dtype == "float32" else "not run"
+
+
+def widened(result: ReferenceResult, rows: int) -> ReferenceResult:
+    """With the gate's one row for all sites repeated for each, as a graph with a row a site gives it."""
+    return result if result.gate is None else replace(result, gate=result.gate.expand(-1, rows, -1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +13,14 @@ from exporter.build_bundle import Parts, export_graphs, load_parts, make_verific
 from exporter.checkpoints import compare_sources, source_files
 from exporter.graphs import Exported
 from exporter.rounding import require_rounded
-from exporter.spec import BuildSpec, CacheChoice, DType
+from exporter.spec import BuildSpec, CacheChoice, DType, ScalingsChoice, VariantSpec
 from exporter.store import WeightStore
 from exporter.tokenizer import load_tokenizer
+from exporter.variants import STATIC
 from runtime.bundle import Bundle
-from runtime.manifest import Check, GraphInfo, Manifest
-from runtime.signature import CacheStyle
+from runtime.manifest import Check, GraphInfo, Manifest, MixInfo, Mode
+from runtime.mix import BASE
+from runtime.signature import SCALINGS, CacheStyle
 
 
 def verify_against_sources(bundle: Bundle, sources: BuildSpec) -> dict[str, tuple[Check, ...]]:
@@ -41,16 +43,37 @@ def verify_against_sources(bundle: Bundle, sources: BuildSpec) -> dict[str, tupl
 def spec_from_manifest(manifest: Manifest, sources: BuildSpec) -> BuildSpec:
     """The settings the bundle was built with, on the given sources."""
     first = manifest.graphs[0]
-    mixes = [graph.mix for graph in manifest.graphs if graph.mix is not None]
+    folded = {graph.name: graph.mix for graph in manifest.graphs if graph.mix is not None}
+    modes = (Mode.DYNAMIC, *([Mode.STATIC] if STATIC in folded else []))
+    dynamic = next((graph for graph in manifest.graphs if graph.mode is Mode.DYNAMIC), None)
     return replace(
         sources,
-        modes=tuple(graph.mode for graph in manifest.graphs),
-        mix=mixes[0] if mixes else None,
+        modes=modes if dynamic else modes[1:],
+        mix=folded.pop(STATIC, None),
+        variants=(
+            *named_rows(manifest),
+            *(VariantSpec(name, MixInfo(weights=mix), is_static=True) for name, mix in folded.items()),
+        ),
+        scalings=scalings_of(dynamic, len(manifest.sites)) if dynamic else None,
         emit=first.emit,
         dtype=DType(manifest.base.dtype),
         cache=CacheChoice.NONE if first.signature.cache_style is CacheStyle.NONE else CacheChoice.KV,
         topk_softmax=manifest.gate.topk_softmax if manifest.gate and manifest.gate.softmax_topk else None,
     )
+
+
+def named_rows(manifest: Manifest) -> Iterator[VariantSpec]:
+    """The mixes that `--variants` named: all but the base's and the experts' own."""
+    implicit = {BASE, *(expert.name for expert in manifest.experts)}
+    for variant in manifest.variants:
+        if variant.mix is not None and variant.name not in implicit:
+            yield VariantSpec(variant.name, variant.mix)
+
+
+def scalings_of(graph: GraphInfo, sites: int) -> ScalingsChoice:
+    """How many rows of scalings this graph takes."""
+    scalings = graph.signature.input(SCALINGS)
+    return ScalingsChoice.SITES if scalings and scalings.shape[2] == sites else ScalingsChoice.SHARED
 
 
 def _measure(

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from runtime.errors import NumericError as NumericError
     from runtime.errors import UserError as UserError
     from runtime.generate import GenerateOptions as GenerateOptions
+    from runtime.generate import Routed as Routed
     from runtime.generate import complete as complete
     from runtime.model import Model as Model
     from runtime.model import load as load
@@ -26,7 +27,7 @@ _HOMES = {
     name: module
     for module, names in {
         "runtime.errors": ("InputError", "MachineError", "NumericError", "UserError"),
-        "runtime.generate": ("GenerateOptions", "complete"),
+        "runtime.generate": ("GenerateOptions", "Routed", "complete"),
         "runtime.model": ("Model", "load"),
         "runtime.request": ("Completion", "FinishReason", "Timings", "TokenEvent"),
         "runtime.sampling": ("Sampling",),

@@ -15,7 +15,7 @@ from runtime.command import run_command
 from runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from runtime.generate import GenerateOptions, Prompt
+    from runtime.generate import GenerateOptions, Routed
     from runtime.model import Model
 
 MAX_PROMPT_BYTES = 16 << 20
@@ -68,13 +68,18 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     prompts.add_argument("--prompt-file", dest="prompts", action="append", metavar="FILE", type=Path)
     add("--max-new-tokens", type=int, metavar="N", help="default 128, or what the model's positions allow")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    add("--mix", metavar="math=0.7,code=0.3", help="fixed scalings instead of the gate; 'base' for no expert")
+    ways = command.add_argument_group("how the experts are mixed; default: by the gate")
+    way = ways.add_mutually_exclusive_group()
+    several = "a variant that `inspect` lists; repeated: every prompt under each, in one batch"
+    way.add_argument("--variant", dest="variants", action="append", default=[], metavar="NAME", help=several)
+    fixed = "fixed scalings, 'base' for no expert, or a mix file"
+    way.add_argument("--mix", metavar="math=0.7,code=0.3|FILE.json", help=fixed)
     add("--temperature", type=float, default=0.0, metavar="T")
     add("--top-k", type=int, metavar="K")
     add("--top-p", type=float, metavar="P")
     add("--seed", type=int, metavar="S", help="same seed and prompt, same text, whatever else is in the batch")
     add("--batch-size", type=int, default=16, metavar="N", help="prompts that run together (default 16)")
-    add("--graph", metavar="NAME", help="a graph's name or mode (default: the dynamic one)")
+    add("--graph", metavar="NAME", help="a graph's name or mode (default: the variant's, or the dynamic one)")
     _add_backend(add)
     add("--threads", type=int, metavar="N")
     output = command.add_mutually_exclusive_group()
@@ -120,17 +125,28 @@ def generate(args: argparse.Namespace) -> int:
     """Answer the prompts."""
     if not args.prompts:
         raise InputError("no prompt", fix="give --prompt TEXT, --prompt-ids 5,17,3 or --prompt-file FILE")
+    if args.graph and args.variants:
+        raise InputError("a variant names its graph", got="--variant and --graph", fix="leave out --graph")
+    from runtime.generate import Routed
     from runtime.mix import mix_note
+    from runtime.mix_file import mix_from_word
     from runtime.model import load
 
-    options = _options(args)
-    prompts = [_read(prompt) if isinstance(prompt, Path) else prompt for prompt in args.prompts]
+    mix = None if args.mix is None else mix_from_word(args.mix)
+    options = dataclasses.replace(_options(args), mix=mix)
+    texts = [_read(prompt) if isinstance(prompt, Path) else prompt for prompt in args.prompts]
+    prompts = [Routed(text, variant) for text in texts for variant in args.variants or [None]]
     with load(
-        args.bundle, backend=args.backend, graph=args.graph, provider=args.provider, threads=args.threads
+        args.bundle,
+        backend=args.backend,
+        graph=args.graph,
+        variant=next(iter(args.variants), None),
+        provider=args.provider,
+        threads=args.threads,
     ) as model:
         if not args.quiet:
             print(_status(model), file=sys.stderr, flush=True)
-            if note := mix_note(options.mix or {}):
+            if note := mix_note(mix.weights if mix else {}):
                 print(f"note: {note}", file=sys.stderr)
         if args.stream:
             _print_stream(model, prompts, options)
@@ -139,33 +155,40 @@ def generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_stream(model: Model, prompts: list[Prompt], options: GenerateOptions) -> None:
+def _print_stream(model: Model, prompts: list[Routed], options: GenerateOptions) -> None:
     from runtime.generate import generate as events
 
+    labels, begun = _labels(prompts), set()
     for event in events(model, prompts, dataclasses.replace(options, batch_size=1)):
+        label = "" if event.prompt in begun else labels[event.prompt]
+        begun.add(event.prompt)
         text = event.text if model.text else f"{event.token_id} "
-        print(text, end="\n" if event.finish_reason else "", flush=True)
+        print(f"{label}{text}", end="\n" if event.finish_reason else "", flush=True)
 
 
-def _print_completions(model: Model, prompts: list[Prompt], options: GenerateOptions, *, as_json: bool) -> None:
+def _print_completions(model: Model, prompts: list[Routed], options: GenerateOptions, *, as_json: bool) -> None:
     from runtime.generate import complete
 
-    for completion in complete(model, prompts, options):
+    for completion, label in zip(complete(model, prompts, options), _labels(prompts), strict=True):
         if as_json:
             print(json.dumps(dataclasses.asdict(completion), ensure_ascii=False))
         else:
-            print(completion.text if model.text else " ".join(map(str, completion.token_ids)))
+            print(label + (completion.text if model.text else " ".join(map(str, completion.token_ids))))
+
+
+def _labels(prompts: list[Routed]) -> list[str]:
+    """What stands before each answer: its variant, where there are several."""
+    several = len({prompt.variant for prompt in prompts}) > 1
+    return [f"{prompt.variant}: " if several else "" for prompt in prompts]
 
 
 def _options(args: argparse.Namespace) -> GenerateOptions:
     from runtime.generate import GenerateOptions
-    from runtime.mix import mix_from_text
     from runtime.sampling import Sampling
 
     return GenerateOptions(
         max_new_tokens=args.max_new_tokens,
         sampling=Sampling(args.temperature, args.top_k, args.top_p, args.seed),
-        mix=None if args.mix is None else mix_from_text(args.mix),
         stop=tuple(args.stop),
         batch_size=args.batch_size,
     )

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from runtime.manifest import BUILD_LOG_NAME, MANIFEST_NAME, SEAL_NAME, GraphInfo, ListedFile, Manifest, Mode
+from runtime.manifest import (
+    BUILD_LOG_NAME,
+    MANIFEST_NAME,
+    SEAL_NAME,
+    GraphInfo,
+    ListedFile,
+    Manifest,
+    MixInfo,
+    Mode,
+    VariantInfo,
+    VariantKind,
+)
 from runtime.safe_files import MAX_FILES, collisions, path_problem
-from runtime.signature import SCALINGS
+from runtime.signature import GATE, SCALINGS
 
 _GIB = 1 << 30
 MAX_BYTES = {
@@ -51,6 +62,11 @@ def contradictions(manifest: Manifest) -> Iterator[tuple[str, str]]:
     for graph in manifest.graphs:
         for problem in _graph_contradictions(manifest, graph):
             yield f"graphs.{graph.name}", problem
+    for variant in manifest.variants:
+        for problem in _variant_contradictions(manifest, variant):
+            yield f"variants.{variant.name}", problem
+    if len({variant.name for variant in manifest.variants}) < len(manifest.variants):
+        yield "variants", "has a name twice"
     names = [graph.name for graph in manifest.graphs]
     if not names or len(set(names)) < len(names):
         yield "graphs", "needs at least one graph, each with its own name"
@@ -91,6 +107,32 @@ def _graph_contradictions(manifest: Manifest, graph: GraphInfo) -> Iterator[str]
     carried = [carry.output for carry in graph.signature.carries if carry.input in inputs]
     if len(carried) < len(graph.signature.carries) or _strangers(carried, outputs):
         yield "its signature carries tensors that it does not have"
+
+
+def _variant_contradictions(manifest: Manifest, variant: VariantInfo) -> Iterator[str]:
+    graph = next((graph for graph in manifest.graphs if graph.name == variant.graph), None)
+    if graph is None:
+        yield f"its graph {variant.graph!a} does not exist"
+        return
+    if (variant.kind is VariantKind.STATIC) != (graph.mode is Mode.STATIC):
+        yield f"a {variant.kind} variant cannot run on a {graph.mode} graph"
+    if (variant.kind is VariantKind.MIX) != (variant.mix is not None):
+        yield "exactly the variants of the kind mix have a mix"
+    if variant.kind is VariantKind.GATE and (manifest.gate is None or graph.signature.output(GATE) is None):
+        yield "there is no gate"
+    if variant.mix is not None:
+        yield from _mix_contradictions(manifest, graph, variant.mix)
+
+
+def _mix_contradictions(manifest: Manifest, graph: GraphInfo, mix: MixInfo) -> Iterator[str]:
+    named = {name for weights in (mix.weights, *mix.sites.values()) for name in weights}
+    if strangers := _strangers(named, [expert.name for expert in manifest.experts]):
+        yield f"its mix names unknown experts: {', '.join(strangers)}"
+    if strangers := _strangers(mix.sites, [site.path for site in manifest.sites]):
+        yield f"its mix names unknown sites: {', '.join(strangers)}"
+    scalings = graph.signature.input(SCALINGS)
+    if mix.is_per_site and scalings is not None and scalings.shape[2] != len(manifest.sites):
+        yield "its mix has weights by site, its graph has not one row of scalings a site"
 
 
 def _report_contradictions(manifest: Manifest) -> Iterator[tuple[str, str]]:

@@ -1,8 +1,11 @@
-"""Prompts to tokens: every pass continues all rows by the tokens the network has not seen, until each has stopped."""
+"""Prompts to tokens: every pass continues all rows by the tokens the network has not seen, until each has stopped.
+
+Rows of one batch may be of different variants: each brings its own scalings. Graphs run in sessions of their own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -12,9 +15,9 @@ from runtime.errors import InputError, raise_all
 from runtime.model import Model
 from runtime.passes import Ids
 from runtime.request import Completion, Limits, Request, TokenEvent
-from runtime.routing import Routing, routing_for
+from runtime.routing import Mix, Route, open_passes, route_for
 from runtime.sampling import Sampler, Sampling
-from runtime.session import StepLimits
+from runtime.session import Session, StepLimits
 from runtime.signature import CacheStyle
 from runtime.text import TextStream
 
@@ -24,12 +27,22 @@ Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
+class Routed:
+    """A prompt with a variant or a mix of its own, where the options' do not hold."""
+
+    prompt: Prompt
+    variant: str | None = None
+    mix: Mix | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateOptions:
     """How to generate; the defaults are greedy decoding under the bundle's gate."""
 
     max_new_tokens: int | None = None  # None: 128, or as many as the model's positions allow
     sampling: Sampling = field(default_factory=Sampling)
-    mix: Mapping[str, float] | None = None  # fixed scalings by expert name, {} for the base model; None: the gate
+    variant: str | None = None  # a variant of the bundle, by name
+    mix: Mix | None = None  # or fixed scalings by expert name, {} for the base model; neither: the graph's gate
     stop: tuple[str, ...] = ()  # texts that end a request; they are left out of its text
     stop_token_ids: tuple[int, ...] = ()  # besides the model's end tokens
     batch_size: int = 16  # prompts that run together
@@ -42,49 +55,98 @@ class GenerateOptions:
             problems.append(InputError("a stop string is empty", need="at least one character"))
         if self.batch_size < 1:
             problems.append(InputError("batch_size", got=str(self.batch_size), need="at least 1"))
+        if self.variant is not None and self.mix is not None:
+            problems.append(InputError("a variant has its own mix", got="a variant and a mix", need="one of them"))
         raise_all("options", problems)
 
 
-def generate(model: Model, prompts: Sequence[Prompt], options: GenerateOptions | None = None) -> Iterator[TokenEvent]:
-    """Check everything at once, then yield the tokens of all prompts as they come. Prompts are texts or token ids."""
+def generate(
+    model: Model, prompts: Sequence[Prompt | Routed], options: GenerateOptions | None = None
+) -> Iterator[TokenEvent]:
+    """Check everything at once, then yield the tokens of all prompts as they come. Prompts are texts or token ids.
+
+    Rows of a batch advance together. Batches hold prompts of one graph and come in the order of their first ones: with
+    a batch size of 1, prompt after prompt.
+    """
     _, events = _prepare(model, prompts, options or GenerateOptions())
     return events
 
 
-def complete(model: Model, prompts: Sequence[Prompt], options: GenerateOptions | None = None) -> list[Completion]:
-    """Generate to the end: one completion a prompt."""
+def complete(
+    model: Model, prompts: Sequence[Prompt | Routed], options: GenerateOptions | None = None
+) -> list[Completion]:
+    """Generate to the end: one completion a prompt, in the order of the prompts."""
     requests, events = _prepare(model, prompts, options or GenerateOptions())
     for _ in events:
         pass
     return [request.completion() for request in requests]
 
 
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How one prompt runs."""
+
+    variant: str | None
+    route: Route
+    session: Session
+
+
 def _prepare(
-    model: Model, prompts: Sequence[Prompt], options: GenerateOptions
+    model: Model, prompts: Sequence[Prompt | Routed], options: GenerateOptions
 ) -> tuple[list[Request], Iterator[TokenEvent]]:
-    routing = routing_for(model.manifest, model.graph, options.mix)
-    requests = _requests(model, prompts, options)
-    is_cached = model.session.signature.cache_style is not CacheStyle.NONE
-    size = min(options.batch_size, model.session.limits.rows) if is_cached else 1
-    return requests, _run_in_batches(model, requests, routing, size)
+    if isinstance(prompts, str):
+        raise InputError("prompts", got="one string", need="a list of prompts")
+    ways = _ways(model, prompts, options)
+    requests = _requests(model, prompts, ways, options)
+    batches = _batches(ways, options.batch_size)
+    return requests, (event for batch in batches for event in _run(model, requests, ways, batch))
 
 
-def _run_in_batches(model: Model, requests: list[Request], routing: Routing, size: int) -> Iterator[TokenEvent]:
-    for start in range(0, len(requests), size):
-        yield from _run(model, requests[start : start + size], routing)
+def _ways(model: Model, prompts: Sequence[Prompt | Routed], options: GenerateOptions) -> list[_Way]:
+    """Each prompt's own way where it has one, else the options'."""
+    own = [(each.variant, each.mix) if isinstance(each, Routed) else (None, None) for each in prompts]
+    ways, problems = [], []
+    default = _way(model, options.variant, options.mix) if (None, None) in own else None
+    for number, (variant, mix) in enumerate(own):
+        try:
+            ways.append(default if default and variant is None and mix is None else _way(model, variant, mix))
+        except InputError as error:
+            problems.append(_in_prompt(number, error))
+    raise_all("prompts", problems)
+    return ways
 
 
-def _run(model: Model, requests: list[Request], routing: Routing) -> Iterator[TokenEvent]:
+def _way(model: Model, variant: str | None, mix: Mix | None) -> _Way:
+    route = route_for(model.manifest, model.graph, variant, mix)
+    return _Way(variant, route, model.session_of(route.graph))
+
+
+def _batches(ways: Sequence[_Way], wanted: int) -> list[list[int]]:
+    """The prompts, by number, that run together: those of one graph, as many as asked for and the session takes."""
+    of_graph: dict[str, list[int]] = {}
+    for number, way in enumerate(ways):
+        of_graph.setdefault(way.route.graph, []).append(number)
+    batches = []
+    for numbers in of_graph.values():
+        session = ways[numbers[0]].session
+        is_cached = session.signature.cache_style is not CacheStyle.NONE
+        size = min(wanted, session.limits.rows) if is_cached else 1
+        batches += [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    return sorted(batches)
+
+
+def _run(model: Model, requests: list[Request], ways: Sequence[_Way], batch: list[int]) -> Iterator[TokenEvent]:
     """The loop: prefill is its first round, every later one carries a token a row."""
     began = perf_counter()
-    passes = model.turn.holder = routing.open(model.session, len(requests))
-    while not all(request.is_done for request in requests):
+    rows, session = [requests[number] for number in batch], ways[batch[0]].session
+    passes = model.turn.holder = open_passes(session, [ways[number].route.routing for number in batch])
+    while not all(request.is_done for request in rows):
         if model.turn.holder is not passes:
             raise InputError(
                 "another generation has begun on this model", fix="finish one first, or load the model twice"
             )
-        logits = passes.forward(*_padded([request.pending() for request in requests]))
-        for request, row in zip(requests, logits, strict=True):
+        logits = passes.forward(*_padded([request.pending() for request in rows]))
+        for request, row in zip(rows, logits, strict=True):
             if not request.is_done:
                 yield request.accept(row, perf_counter() - began)
 
@@ -98,31 +160,36 @@ def _padded(rows: list[tuple[int, ...]]) -> tuple[Ids, Ids]:
     return tokens, counts
 
 
-def _requests(model: Model, prompts: Sequence[Prompt], options: GenerateOptions) -> list[Request]:
+def _requests(
+    model: Model, prompts: Sequence[Prompt | Routed], ways: Sequence[_Way], options: GenerateOptions
+) -> list[Request]:
     """All prompts as requests; what is wrong with any of them, reported together."""
-    if isinstance(prompts, str):
-        raise InputError("prompts", got="one string", need="a list of prompts")
     if options.stop and model.text is None:
         raise InputError("stop strings need a tokenizer, this bundle has none", fix="use stop token ids")
     requests, problems = [], []
-    for number, prompt in enumerate(prompts):
+    for number, (prompt, way) in enumerate(zip(prompts, ways, strict=True)):
         try:
-            requests.append(_request(model, number, prompt, options))
+            text_or_ids = prompt.prompt if isinstance(prompt, Routed) else prompt
+            requests.append(_request(model, number, text_or_ids, way, options))
         except InputError as error:
-            problems.append(InputError(str(error), where=f"prompt {number + 1}", code=error.code))
+            problems.append(_in_prompt(number, error))
     raise_all("prompts", problems)
     return requests
 
 
-def _request(model: Model, number: int, prompt: Prompt, options: GenerateOptions) -> Request:
+def _in_prompt(number: int, error: InputError) -> InputError:
+    return InputError(str(error), where=f"prompt {number + 1}", code=error.code)
+
+
+def _request(model: Model, number: int, prompt: Prompt, way: _Way, options: GenerateOptions) -> Request:
     ids = _ids(model, prompt)
     limits = Limits(
-        _new_tokens(len(ids), model.session.limits, options.max_new_tokens),
+        _new_tokens(len(ids), way.session.limits, options.max_new_tokens),
         model.end_token_ids | frozenset(options.stop_token_ids),
         options.stop,
     )
     stream = TextStream(model.text) if model.text else None
-    return Request(number, ids, limits, Sampler(options.sampling), stream)
+    return Request(number, ids, limits, Sampler(options.sampling), stream, way.variant)
 
 
 def _ids(model: Model, prompt: Prompt) -> Sequence[int]:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from runtime.bundle import Bundle
 from runtime.engines import PlanInfo, engine_folders, open_engines
 from runtime.errors import UserError
-from runtime.manifest import AdapterKind, ExpertInfo, GateInfo, GraphInfo, Manifest, VerifyLevel, VerifyReport
+from runtime.manifest import (
+    AdapterKind,
+    ExpertInfo,
+    GateInfo,
+    GraphInfo,
+    Manifest,
+    VariantInfo,
+    VariantKind,
+    VerifyLevel,
+    VerifyReport,
+)
 from runtime.sealed_folder import manifest_bytes
 
 _NOT_VERIFIED = "NOT VERIFIED"
@@ -23,6 +33,7 @@ def render(bundle: Bundle) -> str:
         _table("sites", _sites(manifest)),
         _table("gate", _gate(manifest.gate)) if manifest.gate else ["gate: none"],
         ["graphs", *(f"  {_graph(graph)}" for graph in manifest.graphs)],
+        _table("variants", ((variant.name, _variant(manifest, variant)) for variant in manifest.variants)),
         ["verification", *(line for graph in manifest.graphs for line in _verification(manifest, graph.name))],
         _table("sizes", _sizes(bundle)),
         _table("engines, beside the bundle", _engines(bundle)),
@@ -97,9 +108,22 @@ def _gate(gate: GateInfo) -> Iterator[tuple[str, str]]:
     yield "scaling pass", f"value {gate.scaling_pass_value:g}; global weight {gate.global_scaling_weight:g}"
 
 
+def _variant(manifest: Manifest, variant: VariantInfo) -> str:
+    """What a request that names it gets."""
+    if variant.kind is VariantKind.GATE:
+        return "the gate, token by token"
+    if variant.mix is not None:
+        own = f"; weights of their own at {len(variant.mix.sites)} sites" if variant.mix.sites else ""
+        return f"{_shares(variant.mix.weights)}{own}"
+    return f"folded into the weights of graph {variant.graph}, a session of its own"
+
+
+def _shares(mix: Mapping[str, float]) -> str:
+    return ", ".join(f"{name}={share:g}" for name, share in mix.items()) or "the base alone"
+
+
 def _graph(graph: GraphInfo) -> str:
-    shares = ", ".join(f"{name}={share:g}" for name, share in (graph.mix or {}).items())
-    mix = "" if graph.mix is None else f" of {shares or 'the base alone'}"
+    mix = "" if graph.mix is None else f" of {_shares(graph.mix)}"
     cache = graph.signature.cache_style
     ours = f", operators {' and '.join(graph.plugins)}" if graph.plugins else ""
     return f"{graph.name}: {graph.mode}{mix}, {graph.emit}, opset {graph.opset}, K/V cache {cache}{ours}"

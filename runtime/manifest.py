@@ -143,6 +143,35 @@ class GraphInfo(Strict):
     plugins: tuple[str, ...] = ()  # operators of ours in it: plugins of TensorRT, else local functions
 
 
+class MixInfo(Strict):
+    """Constant scalings: `weights` hold at every site but those of `sites`, by module path, which have their own."""
+
+    weights: dict[ExpertName, float] = Field(default_factory=dict)
+    sites: dict[str, dict[ExpertName, float]] = Field(default_factory=dict)
+
+    @property
+    def is_per_site(self) -> bool:
+        """Whether it needs a graph with one row of scalings a site."""
+        return bool(self.sites)
+
+
+class VariantKind(StrEnum):
+    """Where a variant's scalings come from."""
+
+    GATE = "gate"  # per token, from the gate
+    MIX = "mix"  # constant: the base, one expert, a named mix
+    STATIC = "static"  # folded into the weights of a graph of its own
+
+
+class VariantInfo(Strict):
+    """One named way to run the bundle. Those of one graph may share a batch."""
+
+    name: ExpertName
+    kind: VariantKind
+    graph: str
+    mix: MixInfo | None  # of the kind mix; a static graph states its own
+
+
 class ListedFile(Strict):
     """One file: a sealed folder holds exactly the listed ones, plus manifest.json, manifest.sha256 and build.json."""
 
@@ -214,6 +243,7 @@ class Manifest(Listing):
     sites: tuple[SiteInfo, ...]
     gate: GateInfo | None
     graphs: tuple[GraphInfo, ...]
+    variants: tuple[VariantInfo, ...] = ()
     tokenizer: TokenizerInfo | None
     artifacts: tuple[Artifact, ...]
     sources: tuple[SourceInfo, ...]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,14 +35,7 @@ def mix_from_text(text: str) -> dict[str, float]:
 
 def scalings_from_mix(mix: Mapping[str, float], experts: Sequence[str]) -> NDArray[np.float32]:
     """[E]: the mix's weights in the order of `experts` (gate columns); experts it does not name get 0."""
-    have = ", ".join(experts) or "none"
-    problems = [_problem(f"no expert {name!r}", f"one of: {have}") for name in mix if name not in experts]
-    problems += [
-        _problem(f"the weight of {name} is {weight}", "a finite number")
-        for name, weight in mix.items()
-        if not abs(weight) <= float(np.finfo(np.float32).max)  # NaN is not either
-    ]
-    raise_all("mix", problems)
+    raise_all("mix", list(mix_problems(mix, experts)))
     return np.array([mix.get(name, 0.0) for name in experts], np.float32)
 
 
@@ -60,6 +53,17 @@ def require_unmixed(mix: Mapping[str, float], doras: Collection[str], where: str
         need=f"{found[0]}=1 and no other expert, or a mix without {' and '.join(found)}",
         code="E_MIX",
     )
+
+
+def mix_problems(mix: Mapping[str, float], experts: Sequence[str]) -> Iterator[InputError]:
+    """All that keeps these weights from being one row of scalings."""
+    have = ", ".join(experts) or "none"
+    for name in mix:
+        if name not in experts:
+            yield _problem(f"no expert {name!r}", f"one of: {have}")
+    for name, weight in mix.items():
+        if not abs(weight) <= float(np.finfo(np.float32).max):  # NaN is not either
+            yield _problem(f"the weight of {name} is {weight}", "a finite number")
 
 
 def mix_note(mix: Mapping[str, float]) -> str | None:

@@ -9,28 +9,28 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from runtime import strict_json
 from runtime.errors import InputError, raise_all
-from runtime.manifest import ExpertName, Strict
-from runtime.mix import scalings_from_mix
+from runtime.manifest import MixInfo
+from runtime.mix import mix_from_text, scalings_from_mix
 
 FORMAT_VERSION: Literal[1] = 1
 MAX_BYTES = 16 << 20
 
 
-class MixFile(Strict):
-    """`weights` hold at every site but those of `sites`, by module path, which have weights of their own."""
+class MixFile(MixInfo):
+    """A mix and the version of its format."""
 
     format_version: Literal[1] = FORMAT_VERSION
-    weights: dict[ExpertName, float] = Field(default_factory=dict)
-    sites: dict[str, dict[ExpertName, float]] = Field(default_factory=dict)
 
-    @property
-    def is_per_site(self) -> bool:
-        """Whether it needs a graph with one row of scalings a site."""
-        return bool(self.sites)
+
+def mix_from_word(word: str) -> MixInfo:
+    """What `--mix` is given: math=0.7,code=0.3, or a mix file, whose name ends in .json."""
+    if word.endswith(".json"):
+        mix = read_mix(Path(word))
+        return MixInfo(weights=mix.weights, sites=mix.sites)
+    return MixInfo(weights=mix_from_text(word))
 
 
 def read_mix(path: Path) -> MixFile:
@@ -53,7 +53,7 @@ def write_mix(mix: MixFile, path: Path) -> None:
     path.write_text(json.dumps(mix.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def scalings_from_file(mix: MixFile, experts: Sequence[str], sites: Sequence[str]) -> NDArray[np.float32]:
+def scalings_from_file(mix: MixInfo, experts: Sequence[str], sites: Sequence[str]) -> NDArray[np.float32]:
     """[G, E]: one row a site in the order of `sites`, experts in gate column order; one row for all when G is 1.
 
     Raises InputError for experts and sites that are not there, all at once.
@@ -66,7 +66,7 @@ def scalings_from_file(mix: MixFile, experts: Sequence[str], sites: Sequence[str
     return np.stack([rows.get(path, everywhere) for path in sites])
 
 
-def _unknown_sites(mix: MixFile, sites: Sequence[str]) -> Iterator[InputError]:
+def _unknown_sites(mix: MixInfo, sites: Sequence[str]) -> Iterator[InputError]:
     known = set(sites)
     for path in mix.sites:
         if path not in known:

@@ -1,7 +1,8 @@
-"""A bundle opened for use: one of its graphs in a session, its tokenizer, and the facts generation needs."""
+"""A bundle opened for use: its graphs in sessions, its tokenizer, and the facts generation needs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from runtime.backends.trt import TrtSession
 from runtime.bundle import Bundle, open_bundle
 from runtime.engines import Target, fitting_engine
 from runtime.errors import InputError
-from runtime.manifest import GraphInfo, Manifest, Mode
+from runtime.manifest import GraphInfo, Manifest, Mode, VariantInfo
 from runtime.session import Session, SessionSettings
 from runtime.tensorrt import load_tensorrt, this_machine
 from runtime.text import Text
@@ -22,7 +23,7 @@ from runtime.text import Text
 
 @dataclass(slots=True)
 class Turn:
-    """Whose caches the session holds now: one generation at a time."""
+    """Whose caches the sessions hold now: one generation at a time."""
 
     holder: object = None
 
@@ -32,9 +33,11 @@ class Model:
     """A context manager; `generate` and `complete` take it."""
 
     manifest: Manifest
-    graph: GraphInfo
-    session: Session
+    graph: GraphInfo  # of requests that name no variant
+    session: Session  # of that graph
     text: Text | None  # None: token ids only
+    open_graph: Callable[[GraphInfo], Session]
+    others: dict[str, Session] = field(default_factory=dict)  # by graph, opened when first asked for
     turn: Turn = field(default_factory=Turn)
 
     @property
@@ -52,9 +55,19 @@ class Model:
         """The tokens with which the model ends a text."""
         return frozenset(self.manifest.base.eos_token_ids)
 
+    def session_of(self, graph: str) -> Session:
+        """The session of the graph of this name. The weights they share lie in memory once: files are mapped."""
+        if graph == self.graph.name:
+            return self.session
+        if graph not in self.others:
+            [info] = (info for info in self.manifest.graphs if info.name == graph)
+            self.others[graph] = self.open_graph(info)
+        return self.others[graph]
+
     def close(self) -> None:
-        """Free the session."""
-        self.session.close()
+        """Free the sessions."""
+        for session in (self.session, *self.others.values()):
+            session.close()
 
     def __enter__(self) -> Self:
         return self
@@ -70,24 +83,30 @@ def load(
     *,
     backend: str = "ort",
     graph: str | None = None,
+    variant: str | None = None,
     provider: str = "cpu",
     threads: int | None = None,
 ) -> Model:
     """Open a bundle for generation. `graph` is a graph's name or mode; without it the dynamic one is taken.
 
+    Graphs of other variants are opened when a request first names one; with `variant` its graph is opened now, in
+    place of the dynamic one.
     `backend`: ort, or trt and trt-rtx with an engine that lies beside the bundle and fits this machine.
     """
     if threads is not None and threads < 1:
         raise InputError("threads", got=str(threads), need="at least 1")
     bundle = open_bundle(Path(path))
-    info = pick_graph(bundle, graph)
+    info = pick_graph(bundle, graph if variant is None else variant_named(bundle.manifest, variant).graph)
     settings = SessionSettings(bundle.manifest.base.max_positions, provider, threads)
     tokenizer = bundle.manifest.tokenizer
     text = Text(bundle.file(tokenizer.path)) if tokenizer else None
-    if backend in tuple(Target):
-        return Model(bundle.manifest, info, engine_session(bundle, info, Target(backend), settings), text)
-    session = open_session(backend, bundle.file(info.path), info.signature, settings)
-    return Model(bundle.manifest, info, session, text)
+
+    def open_graph(info: GraphInfo) -> Session:
+        if backend in tuple(Target):
+            return engine_session(bundle, info, Target(backend), settings)
+        return open_session(backend, bundle.file(info.path), info.signature, settings)
+
+    return Model(bundle.manifest, info, open_graph(info), text, open_graph)
 
 
 def engine_session(bundle: Bundle, graph: GraphInfo, target: Target, settings: SessionSettings) -> Session:
@@ -98,6 +117,15 @@ def engine_session(bundle: Bundle, graph: GraphInfo, target: Target, settings: S
     engines, plan = fitting_engine(bundle, graph.name, this_machine(target, trt))
     plugins = partial(register, names=plan.plugins) if plan.plugins else None
     return TrtSession(engines.read(plan.path), graph.signature, settings, plan.profiles, target, plugins)
+
+
+def variant_named(manifest: Manifest, name: str) -> VariantInfo:
+    """The variant of this name."""
+    for variant in manifest.variants:
+        if variant.name == name:
+            return variant
+    have = ", ".join(variant.name for variant in manifest.variants) or "none; this bundle was built without"
+    raise InputError(f"no variant {name!r}", need=f"one of: {have}", code="E_VARIANT")
 
 
 def pick_graph(bundle: Bundle, wanted: str | None) -> GraphInfo:

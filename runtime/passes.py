@@ -1,7 +1,9 @@
-"""Which passes of the network make the next logits: two with a gate, one with fixed scalings or none."""
+"""Which passes of the network make the next logits: two for rows under the gate, one for all others."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -23,39 +25,58 @@ class Passes(Protocol):
         """Tokens [B, S], right-padded after counts [B] real ones -> logits [B, V] after each row's last real token."""
 
 
-class OnePass:
-    """Constant scalings [G, E] (a mix, one expert, the base), or None for a static graph."""
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Where a row's scalings come from: constant ones [G, E], or the gate, for which these are the scaling pass's."""
 
-    def __init__(self, session: Session, batch: int, scalings: Floats | None) -> None:
-        self._session, self._scalings = session, scalings
-        self._slots = slice(0, batch)
-        session.allocate(batch)
-
-    def forward(self, tokens: Ids, counts: Ids) -> Floats:
-        """One pass."""
-        scalings = None if self._scalings is None else constant(self._scalings, tokens)
-        return last_logits(self._session, Rows(tokens, counts, self._slots, scalings, last_index(counts)))
+    row: Floats | None  # None: the graph takes no scalings
+    is_gated: bool = False
+    per_length: bool = False  # the gate's constant row is divided by the sequence length
 
 
 class ExactPasses:
-    """X-LoRA: the scaling pass under a constant row [G, E] computes the gate, the main pass runs under it.
+    """A scaling pass computes the gate of the gated rows; the main pass runs all rows, under the gate or constants.
 
-    Two append-only caches per row: slots 0..B-1 for the scaling pass, B..2B-1 for the main pass.
-    `per_length` divides the constant row by the sequence length, which is known only when whole sequences are computed.
+    Every cache is append-only. Of B rows G are gated: slots 0..G-1 are of their scaling pass, G..2G-1 of their main
+    pass, 2G..G+B-1 of the other rows, so that either pass continues slots in a row.
     """
 
-    def __init__(self, session: Session, batch: int, scaling_pass: Floats, *, per_length: bool = False) -> None:
-        self._session, self._constant, self._per_length = session, scaling_pass, per_length
-        self._scaling_slots, self._main_slots = slice(0, batch), slice(batch, 2 * batch)
-        session.allocate(2 * batch)
+    def __init__(self, session: Session, routings: Sequence[Routing]) -> None:
+        batch, gated = len(routings), sum(routing.is_gated for routing in routings)
+        self._session = session
+        self._order = np.argsort([not routing.is_gated for routing in routings], kind="stable")  # gated rows first
+        self._back = np.argsort(self._order)
+        self._gated, self._scaling_slots, self._main_slots = gated, slice(0, gated), slice(gated, gated + batch)
+        ordered = [routings[place] for place in self._order]
+        self._rows = None if ordered[0].row is None else np.stack([_row(routing) for routing in ordered])[:, None]
+        self._per_length = any(routing.per_length for routing in ordered)
+        session.allocate(gated + batch)
 
     def forward(self, tokens: Ids, counts: Ids) -> Floats:
-        """Two passes of the same network."""
-        row = self._constant / np.float32(tokens.shape[1]) if self._per_length else self._constant
-        nowhere = np.empty((len(tokens), 0), np.int64)  # the scaling pass needs no logits
-        rows = Rows(tokens, counts, self._scaling_slots, constant(row, tokens), nowhere)
-        gate = self._session.step(rows).gate
-        return last_logits(self._session, Rows(tokens, counts, self._main_slots, gate, last_index(counts)))
+        """One or two steps of the same network."""
+        tokens, counts = tokens[self._order], counts[self._order]
+        rows = Rows(tokens, counts, self._main_slots, self._scalings(tokens, counts), last_index(counts))
+        return last_logits(self._session, rows)[self._back]
+
+    def _scalings(self, tokens: Ids, counts: Ids) -> Floats | None:
+        """[B, S, G, E] of the main pass."""
+        if self._rows is None:
+            return None
+        rows = self._rows / np.float32(tokens.shape[1]) if self._per_length else self._rows  # [B, 1, G, E]
+        scalings = np.broadcast_to(rows, tokens.shape + rows.shape[2:])
+        if not counts[: self._gated].any():
+            return scalings
+        nowhere = np.empty((self._gated, 0), np.int64)  # the scaling pass needs no logits
+        head = slice(0, self._gated)
+        scaling_pass = Rows(tokens[head], counts[head], self._scaling_slots, scalings[head], nowhere)
+        gate = self._session.step(scaling_pass).gate
+        assert gate is not None
+        return np.concatenate([gate, scalings[self._gated :]])
+
+
+def _row(routing: Routing) -> Floats:
+    assert routing.row is not None, "rows of one graph all have scalings or none has"
+    return routing.row
 
 
 class InChunks:

@@ -49,6 +49,7 @@ class Completion:
     text: str
     finish_reason: FinishReason
     timings: Timings
+    variant: str | None  # the one asked for by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +62,20 @@ class Limits:
 
 
 class Request:
-    """A prompt's tokens, sampler, text and end."""
+    """A prompt's tokens, variant, sampler, text and end."""
 
     def __init__(
-        self, number: int, prompt: Sequence[int], limits: Limits, sampler: Sampler, stream: TextStream | None
+        self,
+        number: int,
+        prompt: Sequence[int],
+        limits: Limits,
+        sampler: Sampler,
+        stream: TextStream | None,
+        variant: str | None = None,
     ) -> None:
         self.number = number
         self.prompt = tuple(prompt)
+        self.variant = variant
         self.finish_reason: FinishReason | None = None
         self.events: list[TokenEvent] = []
         self._limits, self._sampler, self._stream = limits, sampler, stream
@@ -101,6 +109,7 @@ class Request:
             text="".join(event.text for event in self.events),
             finish_reason=self.finish_reason,
             timings=Timings(len(self.prompt), len(self.events), first, last),
+            variant=self.variant,
         )
 
     def _settle(self, token_id: int) -> str:

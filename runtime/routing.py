@@ -1,66 +1,97 @@
-"""Where a request's scalings come from: the gate, a mix, the only expert, or nowhere (static)."""
+"""From what a request asks for to its graph and routing: a variant by name, a mix, or the graph's own way."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from runtime.errors import InputError
-from runtime.manifest import AdapterKind, GraphInfo, Manifest
-from runtime.mix import require_unmixed, scalings_from_mix
-from runtime.passes import CHUNK, ExactPasses, InChunks, OnePass, Passes, WholeSequence
+from runtime.manifest import AdapterKind, GraphInfo, Manifest, MixInfo
+from runtime.mix import require_unmixed
+from runtime.mix_file import scalings_from_file
+from runtime.model import variant_named
+from runtime.passes import CHUNK, ExactPasses, Floats, InChunks, Passes, Routing, WholeSequence
 from runtime.session import Session
 from runtime.signature import GATE, SCALINGS, CacheStyle
 
+Mix = Mapping[str, float] | MixInfo  # by expert name, {} for the base model; MixInfo also by site
+
 
 @dataclass(frozen=True, slots=True)
-class Routing:
-    """The constant scalings row of the first pass, and whether the gate then makes those of a second."""
+class Route:
+    """Which graph runs a request, and under which scalings."""
 
-    row: NDArray[np.float32] | None  # [G, E]; None: the graph takes no scalings
-    is_gated: bool
-    per_length: bool = False  # the gate's constant row is divided by the sequence length
-
-    def open(self, session: Session, batch: int) -> Passes:
-        """The passes that decode a batch under this routing."""
-        passes: Passes
-        if self.is_gated and self.row is not None:
-            passes = ExactPasses(session, batch, self.row, per_length=self.per_length)
-        else:
-            passes = OnePass(session, batch, self.row)
-        if session.signature.cache_style is CacheStyle.NONE:
-            return WholeSequence(passes)
-        return InChunks(passes, min(CHUNK, session.limits.tokens))
+    graph: str
+    routing: Routing
 
 
-def routing_for(manifest: Manifest, graph: GraphInfo, mix: Mapping[str, float] | None) -> Routing:
-    """The routing of a request: its mix where it has one, else the gate, else the only expert there is."""
+def route_for(manifest: Manifest, graph: GraphInfo, variant: str | None, mix: Mix | None) -> Route:
+    """The variant of that name on its graph, else a mix or the default on `graph`."""
+    if variant is None:
+        return Route(graph.name, routing_for(manifest, graph, mix))
+    if mix is not None:
+        raise InputError("a variant says how its experts are mixed", got=f"variant {variant} and a mix", need="one")
+    found = variant_named(manifest, variant)
+    [its] = (graph for graph in manifest.graphs if graph.name == found.graph)
+    return Route(its.name, routing_for(manifest, its, found.mix))
+
+
+def routing_for(manifest: Manifest, graph: GraphInfo, mix: Mix | None) -> Routing:
+    """The routing of a request on a graph: its mix where it has one, else the gate, else the only expert there is."""
     spec = graph.signature.input(SCALINGS)
     if spec is None:
         if mix is not None:
             raise InputError("this graph has its mix built in", where=f"graph {graph.name}", got="a mix", need="none")
-        return Routing(None, is_gated=False)
-    experts = [expert.name for expert in sorted(manifest.experts, key=lambda expert: expert.column)]
+        return Routing(None)
     gate = manifest.gate if mix is None and graph.signature.output(GATE) else None
-    if gate is not None:
-        weights, per_length = np.array(gate.scaling_pass_row, np.float32), gate.scaling_pass_row_per_length
-    else:
-        chosen = _only_expert(experts) if mix is None else mix
-        weights, per_length = scalings_from_mix(chosen, experts), False
-        require_unmixed(chosen, [expert.name for expert in manifest.experts if expert.kind is AdapterKind.DORA])
-    if per_length and graph.signature.cache_style is not CacheStyle.NONE:
+    if gate is None:
+        return Routing(_rows(manifest, graph, _only_expert(manifest) if mix is None else mix, int(spec.shape[2])))
+    if gate.scaling_pass_row_per_length and graph.signature.cache_style is not CacheStyle.NONE:
         raise InputError(
             "the flattened top-k softmax depends on the sequence length, which a K/V cache cannot follow",
             where=f"graph {graph.name}",
             fix="build with --cache none",
         )
-    return Routing(np.tile(weights, (int(spec.shape[2]), 1)), gate is not None, per_length)
+    row = np.tile(np.array(gate.scaling_pass_row, np.float32), (int(spec.shape[2]), 1))
+    return Routing(row, is_gated=True, per_length=gate.scaling_pass_row_per_length)
 
 
-def _only_expert(experts: list[str]) -> Mapping[str, float]:
+def open_passes(session: Session, routings: Sequence[Routing]) -> Passes:
+    """The passes that decode a batch, one routing a row."""
+    passes = ExactPasses(session, routings)
+    if session.signature.cache_style is CacheStyle.NONE:
+        return WholeSequence(passes)
+    return InChunks(passes, min(CHUNK, session.limits.tokens))
+
+
+def _rows(manifest: Manifest, graph: GraphInfo, mix: Mix, sites: int) -> Floats:
+    """[G, E] of a mix."""
+    mix = mix if isinstance(mix, MixInfo) else MixInfo.model_construct(weights=dict(mix), sites={})
+    paths = [site.path for site in manifest.sites]
+    doras = [expert.name for expert in manifest.experts if expert.kind is AdapterKind.DORA]
+    for weights in (mix.weights, *mix.sites.values()):
+        require_unmixed(weights, doras)
+    if mix.is_per_site and sites != len(paths):
+        raise InputError(
+            "this graph has one row of scalings for all its sites",
+            where=f"graph {graph.name}",
+            got=f"a mix with weights of their own for {len(mix.sites)} sites",
+            fix="build with --scalings sites",
+            code="E_MIX",
+        )
+    rows = scalings_from_file(mix, _experts(manifest), paths)
+    return rows if len(rows) == sites else np.tile(rows, (sites, 1))
+
+
+def _experts(manifest: Manifest) -> list[str]:
+    """In the order of the gate's columns."""
+    return [expert.name for expert in sorted(manifest.experts, key=lambda expert: expert.column)]
+
+
+def _only_expert(manifest: Manifest) -> Mix:
+    experts = _experts(manifest)
     if len(experts) == 1:
         return {experts[0]: 1.0}
     example = ",".join(f"{name}={1 / len(experts):.2g}" for name in experts)

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from runtime.bundle import open_bundle
 from runtime.model import Model, load
-from runtime.passes import ExactPasses, OnePass, Passes
+from runtime.passes import ExactPasses, Passes, Routing
 from runtime.routing import routing_for
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,17 +115,14 @@ def our_passes(bundle: Path) -> Iterator[tuple[Model, dict[str, Callable[[], Pas
     """The dynamic graph's model, and by name what opens a batch of one; all freed at the end."""
     dynamic, plain = load(bundle, graph="dynamic", threads=2), load(bundle, graph="static", threads=2)
     manifest = open_bundle(bundle, check_digests=False).manifest
-    base_row = routing_for(manifest, dynamic.graph, {}).row
-    gate_row = routing_for(manifest, dynamic.graph, None).row
-    assert base_row is not None
-    assert gate_row is not None
+    base, gate = routing_for(manifest, dynamic.graph, {}), routing_for(manifest, dynamic.graph, None)
     try:
         yield (
             dynamic,
             {
-                "exact": lambda: ExactPasses(dynamic.session, 1, gate_row),
-                "base in dynamic": lambda: OnePass(dynamic.session, 1, base_row),
-                "plain base": lambda: OnePass(plain.session, 1, None),
+                "exact": lambda: ExactPasses(dynamic.session, [gate]),
+                "base in dynamic": lambda: ExactPasses(dynamic.session, [base]),
+                "plain base": lambda: ExactPasses(plain.session, [Routing(None)]),
             },
         )
     finally:

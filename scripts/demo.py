@@ -12,13 +12,15 @@ from pathlib import Path
 from demo_scores import MAX_NEW_TOKENS, Score, score_all
 from demo_tasks import TASKS, Item, read_items
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from runtime import GenerateOptions, complete, load
+from runtime import GenerateOptions, Routed, complete, load
 
 ROOT = Path(__file__).resolve().parents[1]
 MIX, XLORA = "uniform mix", "X-LoRA"  # rows of `score_all` that have a bundle
+UNIFORM = "uniform"  # the same mix as a variant of the X-LoRA bundle
 BATCH = 64
 
 console = Console(highlight=False)
@@ -37,6 +39,8 @@ def main() -> int:
     bundles = build_bundles(checkpoint, out)
     console.rule("generate")
     generate_some(bundles[XLORA], items)
+    console.rule("variants side by side")
+    console.print(side_by_side(bundles[XLORA], items))
     console.rule("compare")
     console.print(f"{len(items)} held-out items, {MAX_NEW_TOKENS} tokens at most, in PEFT and through the bundles ...")
     in_peft = score_all(checkpoint)
@@ -61,7 +65,8 @@ def build_bundles(checkpoint: Path, out: Path) -> dict[str, Path]:
     experts = [f"{task}={checkpoint / 'experts' / task}" for task in TASKS]
     mix = ",".join(f"{task}={1 / len(TASKS)}" for task in TASKS)
     build = ["exporter", "build", "--base", str(checkpoint / "base"), "--overwrite"]
-    run_module(*build, "--adapters", str(checkpoint / "xlora"), "--mode", "dynamic", "--out", str(bundles[XLORA]))
+    xlora = ["--adapters", str(checkpoint / "xlora"), "--variants", f"{UNIFORM}:{mix}"]
+    run_module(*build, *xlora, "--mode", "dynamic", "--out", str(bundles[XLORA]))
     run_module(*build, "--adapters", *experts, "--mode", "static", "--mix", mix, "--out", str(bundles[MIX]))
     return bundles
 
@@ -71,6 +76,25 @@ def generate_some(bundle: Path, items: list[Item]) -> None:
     firsts = [next(item.prompt for item in items if item.task == task) for task in TASKS]
     prompts = [word for prompt in firsts for word in ("--prompt", prompt)]
     run_module("runtime", "generate", str(bundle), *prompts, "--max-new-tokens", str(MAX_NEW_TOKENS))
+
+
+def side_by_side(bundle: Path, items: list[Item]) -> Table:
+    """The first item of every task under every variant, all in one batch."""
+    firsts = [next(item for item in items if item.task == task) for task in TASKS]
+    with load(bundle) as model:
+        variants = [variant.name for variant in model.manifest.variants]
+        prompts = [Routed(item.prompt, variant) for variant in variants for item in firsts]
+        answers = complete(model, prompts, GenerateOptions(max_new_tokens=MAX_NEW_TOKENS, batch_size=len(prompts)))
+    view = Table("variant", *(item.prompt for item in firsts), title=f"{len(prompts)} rows, one batch")
+    for number, variant in enumerate(variants):
+        texts = [answer.text for answer in answers[number * len(firsts) :][: len(firsts)]]
+        view.add_row(variant, *(mark_right(text, item) for text, item in zip(texts, firsts, strict=True)))
+    return view
+
+
+def mark_right(text: str, item: Item) -> str:
+    """A right answer is bold."""
+    return f"[bold]{escape(text)}[/]" if text == item.answer else escape(text)
 
 
 def run_module(*words: str) -> None:

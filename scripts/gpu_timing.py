@@ -14,7 +14,7 @@ import numpy as np
 
 from runtime.bundle import Bundle
 from runtime.model import Model
-from runtime.routing import routing_for
+from runtime.routing import open_passes, routing_for
 from runtime.signature import CacheStyle
 
 PROMPT, NEW_TOKENS, ROUNDS, WARM = 128, 32, 5, 3
@@ -69,7 +69,7 @@ def time_model(model: Model, bundle: Bundle, bandwidth: float | None) -> dict[st
     one = np.ones((1, 1), np.int64)
     prefills, decodes = [], []
     for round_ in range(WARM + ROUNDS):
-        passes = routing.open(model.session, 1)
+        passes = open_passes(model.session, [routing])
         prefill = clock(lambda passes=passes: passes.forward(tokens, np.array([prompt])))  # type: ignore[misc]
         steps = [
             clock(lambda passes=passes: passes.forward(one, np.array([1])))  # type: ignore[misc]

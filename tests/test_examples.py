@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
 import sys
+from itertools import combinations_with_replacement
 from pathlib import Path
 
 import pytest
 
-from runtime import GenerateOptions, complete, load
+from runtime import GenerateOptions, Routed, complete, load
+from tests.same_tokens import Ties, seen_logits
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,6 +60,7 @@ def test_python_of_the_readme(folder: Path) -> None:
     assert "12345" in shown
     assert "41 stop" in shown
     assert "aop stop" in shown
+    assert "add 41" in shown
 
 
 def test_the_bundle_answers_like_peft(folder: Path) -> None:
@@ -72,10 +76,7 @@ def test_the_bundle_answers_like_peft(folder: Path) -> None:
     base, experts = CHECKPOINT / "base", [CHECKPOINT / "experts" / task for task in TASKS]
     peft = score("X-LoRA", load_xlora(base, CHECKPOINT / "xlora"), tokenizer, items)
     mixed = score("mix", load_static_mix(base, dict.fromkeys(experts, 0.25)), tokenizer, items)
-    if not (folder / "out" / "four-tasks").exists():
-        words = ["-m", "exporter", "build", "--adapters", "examples/four-tasks/xlora", "--verify", "quick"]
-        run([*words, "--out", "out/four-tasks"], folder)
-    with load(folder / "out" / "four-tasks") as model:
+    with load(built(folder)) as model:
         options = GenerateOptions(max_new_tokens=MAX_NEW_TOKENS)
         answers = complete(model, [item.prompt for item in items], options)
         shares = ",".join(f"{task}=0.25" for task in TASKS)
@@ -84,6 +85,37 @@ def test_the_bundle_answers_like_peft(folder: Path) -> None:
     assert [list(answer.token_ids) for answer in mix] == mixed.token_ids, "a mix is a row of the same graph"
     assert peft.accuracy() > 0.9
     assert mixed.accuracy() < 0.3
+
+
+def test_pairs_of_variants_in_one_batch_are_as_alone(folder: Path) -> None:
+    """Of a trained model no step is a tie."""
+    items = [json.loads(line)["prompt"] for line in (CHECKPOINT / "heldout.jsonl").read_text().splitlines()]
+    options = GenerateOptions(max_new_tokens=12)
+    with load(built(folder)) as model:
+        ways = [*({"variant": variant.name} for variant in model.manifest.variants), {"mix": {"add": 0.7, "sort": 0.3}}]
+        assert len(ways) == 7
+        rows = [(prompt, number) for prompt in items[:: len(items) // 4][:4] for number in range(len(ways))]
+        alone, ties = {}, Ties()
+        for prompt, number in rows:
+            with seen_logits() as seen:
+                complete(model, [Routed(prompt, **ways[number])], options)
+            alone[prompt, number] = seen[0]
+        for first, second in combinations_with_replacement(range(len(ways)), 2):
+            batch = [row for row in rows if row[1] in (first, second)]
+            with seen_logits() as seen:
+                complete(model, [Routed(prompt, **ways[number]) for prompt, number in batch], options)
+            for place, row in enumerate(batch):
+                ties.compare(alone[row], seen[place], f"{row} in {first}, {second}")
+    ties.check(share=0)
+
+
+def built(folder: Path) -> Path:
+    """The demo's bundle, which the README's commands may have left."""
+    bundle = folder / "out" / "four-tasks"
+    if not bundle.exists():
+        words = ["-m", "exporter", "build", "--adapters", "examples/four-tasks/xlora", "--verify", "quick"]
+        run([*words, "--out", "out/four-tasks"], folder)
+    return bundle
 
 
 def as_mix(text: str) -> dict[str, float]:

@@ -15,6 +15,7 @@ from runtime.generate import generate
 from runtime.passes import ExactPasses, InChunks
 from runtime.request import FinishReason
 from runtime.routing import routing_for
+from runtime.rows import Rows
 from runtime.signature import CacheStyle
 from runtime.text import Text
 from tests.runtime.tiny_bundles import BYTE_SHAPE, END, SCALING_PASS, tiny_bundle
@@ -91,9 +92,12 @@ def test_a_batch_gives_each_row_what_it_gets_alone(model: Model) -> None:
 def test_a_mix_is_one_pass_under_constant_scalings(
     model: Model, mix: dict[str, float], row: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ExactPasses, "forward", None)
+    steps: list[Rows] = []
+    step = model.session.step
+    monkeypatch.setattr(model.session, "step", lambda rows: steps.append(rows) or step(rows))
     want = [greedy_reference(ids_of(model, prompt), 8, lambda ids: fixed_logits(row, ids)) for prompt in PROMPTS]
     assert tokens(complete(model, PROMPTS, GenerateOptions(max_new_tokens=8, mix=mix))) == want
+    assert len(steps) == 8
 
 
 def test_the_static_graph_takes_no_scalings(bundle: Path) -> None:
@@ -354,9 +358,9 @@ def test_prompts_in_chunks_give_the_logits_of_one_go(model: Model, size: int) ->
     """Rows that end in different chunks, some exactly at a border."""
     counts = np.array([7, 3, 4, 1])
     ids = np.random.default_rng(3).integers(0, model.vocab_size, (4, 7))
-    row = routing_for(model.manifest, model.graph, None).row
-    assert row is not None
-    whole = ExactPasses(model.session, 4, row).forward(ids, counts)
-    in_chunks = InChunks(ExactPasses(model.session, 4, row), size).forward(ids, counts)
+    gate, code = (routing_for(model.manifest, model.graph, mix) for mix in (None, {"code": 1.0}))
+    routings = [code, gate, code, gate]
+    whole = ExactPasses(model.session, routings).forward(ids, counts)
+    in_chunks = InChunks(ExactPasses(model.session, routings), size).forward(ids, counts)
     np.testing.assert_allclose(in_chunks, whole, atol=1e-4)  # logits up to 14, sums in another order
     assert np.abs(whole[0] - whole[1]).max() > 0.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from runtime.manifest import (
     ExpertInfo,
     GateInfo,
     GraphInfo,
+    MixInfo,
     Mode,
     SiteInfo,
     TokenizerInfo,
     TopkSoftmax,
+    VariantInfo,
+    VariantKind,
 )
 from tests.runtime.bundle_makers import make_bundle, make_report
 from tests.runtime.tiny_graphs import TinyShape, tiny_model, tiny_weights
@@ -75,15 +79,20 @@ def tiny_bundle(
     tokenizer: bool = True,
     per_length: bool = False,
     end: tuple[int, ...] = (END,),
+    mixes: Mapping[str, MixInfo] | None = None,
+    folded: Mapping[str, dict[str, float]] | None = None,
 ) -> Path:
-    """A dynamic graph of `shape` and a static one (experts left out); experts and gate as the shape says."""
+    """A dynamic graph of `shape` and a static one (experts left out); experts and gate as the shape says.
+
+    `mixes` are named variants of the dynamic graph, `folded` ones with a static graph each.
+    """
     weights = tiny_weights(shape) if weights is None else weights
     plain = TinyShape(shape.vocab, shape.hidden, experts=0, cache=shape.cache, max_positions=shape.max_positions)
     plain_weights = {name: array for name, array in weights.items() if not name.startswith(("expert", "gate"))}
-    files = {
-        "dynamic.onnx": tiny_model(shape, weights).SerializeToString(),
-        "plain.onnx": tiny_model(plain, plain_weights).SerializeToString(),
-    }
+    statics = {"plain": {}} | dict(folded or {})
+    files = {"dynamic.onnx": tiny_model(shape, weights).SerializeToString()}
+    for name, mix in statics.items():
+        files[f"{name}.onnx"] = tiny_model(plain, plain_weights | _folded(shape, weights, mix)).SerializeToString()
     if tokenizer:
         files["tokenizer/tokenizer.json"] = byte_tokenizer().to_str().encode()
     experts = EXPERTS[: shape.experts]
@@ -101,12 +110,32 @@ def tiny_bundle(
         ),
         gate=_gate(shape, per_length=per_length) if shape.gate else None,
         graphs=(
-            _graph("plain", Mode.STATIC, plain, dict.fromkeys(experts, 0.0)),
+            *(_graph(name, Mode.STATIC, plain, dict.fromkeys(experts, 0.0) | mix) for name, mix in statics.items()),
             _graph("dynamic", Mode.DYNAMIC, shape, None),
         ),
+        variants=_variants(shape, mixes or {}, statics),
         tokenizer=TokenizerInfo(path="tokenizer/tokenizer.json", add_bos=False) if tokenizer else None,
         reports=(make_report("dynamic"),),
     )
+
+
+def _variants(shape: TinyShape, mixes: Mapping[str, MixInfo], statics: Iterable[str]) -> tuple[VariantInfo, ...]:
+    rows = {"base": MixInfo()} | {name: MixInfo(weights={name: 1.0}) for name in EXPERTS[: shape.experts]} | dict(mixes)
+    gate = [VariantInfo(name="xlora", kind=VariantKind.GATE, graph="dynamic", mix=None)] if shape.gate else []
+    return (
+        *(VariantInfo(name=name, kind=VariantKind.MIX, graph="dynamic", mix=mix) for name, mix in rows.items()),
+        *gate,
+        *(VariantInfo(name=name, kind=VariantKind.STATIC, graph=name, mix=None) for name in statics),
+    )
+
+
+def _folded(shape: TinyShape, weights: Mapping[str, np.ndarray], mix: Mapping[str, float]) -> dict[str, np.ndarray]:
+    """The MLPs with a mix added to them."""
+    shares = [(EXPERTS.index(name), np.float32(share)) for name, share in mix.items()]
+    return {
+        f"mlp_{block}": weights[f"mlp_{block}"] + sum(share * weights[f"expert_{block}_{e}"] for e, share in shares)
+        for block in range(shape.blocks)
+    }
 
 
 def _base(shape: TinyShape, end: tuple[int, ...]) -> BaseModelInfo:
