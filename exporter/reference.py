@@ -130,12 +130,8 @@ class Reference:
             for name, new in expert.replacements.items():
                 base = self.model.get_parameter(name)
                 owner = self.model.get_submodule(name.rpartition(".")[0])
-                # A tied head keeps the old values, but for single rows.
-                holders = (
-                    [owner]
-                    if new.rows is None
-                    else [m for m in self.model.modules() if getattr(m, "weight", None) is base]
-                )
+                tied = [module for module in self.model.modules() if getattr(module, "weight", None) is base]
+                holders = [owner] if new.rows is None else tied  # a tied head gets single rows only
                 value = nn.Parameter(_new_values(base, new), requires_grad=False)
                 for module in holders:
                     leaf = name.rpartition(".")[2]
