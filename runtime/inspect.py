@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from runtime.bundle import Bundle
 from runtime.engines import engine_folders, open_engines
 from runtime.errors import UserError
-from runtime.manifest import GateInfo, GraphInfo, Manifest, VerifyLevel, VerifyReport
+from runtime.manifest import GateInfo, GraphInfo, Manifest, MergeInfo, MergeMethod, VerifyLevel, VerifyReport
 from runtime.sealed_folder import manifest_bytes
 
 _NOT_VERIFIED = "NOT VERIFIED"
@@ -93,9 +93,18 @@ def _gate(gate: GateInfo) -> Iterator[tuple[str, str]]:
 
 def _graph(graph: GraphInfo) -> str:
     shares = ", ".join(f"{name}={share:g}" for name, share in (graph.mix or {}).items())
-    mix = "" if graph.mix is None else f" of {shares or 'the base alone'}"
+    own = f", {len(graph.mix_sites)} sites with weights of their own" if graph.mix_sites else ""
+    mix = "" if graph.mix is None else f" of {shares or 'the base alone'}{own}{_merge(graph.merge)}"
     cache = graph.signature.cache_style
     return f"{graph.name}: {graph.mode}{mix}, {graph.emit}, opset {graph.opset}, K/V cache {cache}"
+
+
+def _merge(merge: MergeInfo | None) -> str:
+    """The method and its options, where it is not the plain sum."""
+    if merge is None or merge.method is MergeMethod.LINEAR:
+        return ""
+    options = merge.model_dump(exclude={"method"}, exclude_none=True)
+    return f", merged by {merge.method}" + "".join(f", {name} {value:g}" for name, value in options.items())
 
 
 def _verification(manifest: Manifest, graph: str) -> Iterator[str]:
