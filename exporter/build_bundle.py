@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from exporter.adapters import AdapterSet
+from exporter.adapters import AdapterSet, LoraDelta
 from exporter.checkpoints import (
     BaseDescription,
     base_reference,
@@ -20,12 +20,17 @@ from exporter.checkpoints import (
     describe_base,
     load_base,
     read_adapters,
+    require_free,
+    save_lora,
+    shared_base_name,
     source_files,
 )
 from exporter.errors import ExportError
 from exporter.external_data import check_external_data
 from exporter.gate import Gate, PluginGate, gate_info
 from exporter.graphs import OPSETS, Exported, GraphPlan, export_graph, parameter_count
+from exporter.merges.merge import SiteMerge, as_log, in_total, merged, settled
+from exporter.merges.update import factored, rank_of
 from exporter.model_facts import base_info, module_kinds, refuse_untraceable, signature_shape, untying_notes
 from exporter.op_lint import STATUS, lint, require_lintable
 from exporter.publish import publish, stage
@@ -33,7 +38,7 @@ from exporter.reference import Reference
 from exporter.rounding import require_half_range, require_rounded, round_model
 from exporter.sites import Site, SiteKind, stack
 from exporter.spec import BuildSpec, CacheChoice, DType, OpChoice
-from exporter.static import folded_weights, mix_row, rounded_weights, untied
+from exporter.static import folded_weights, mix_rows, rounded_weights, row_of, touched_sites, untied
 from exporter.store import WeightStore
 from exporter.tokenizer import load_tokenizer, write_tokenizer
 from exporter.verification import Verification
@@ -49,6 +54,8 @@ from runtime.manifest import (
     ExpertInfo,
     GraphInfo,
     Manifest,
+    MergeInfo,
+    MergeMethod,
     Mode,
     SiteInfo,
     TokenizerInfo,
@@ -112,6 +119,11 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
                 reports, golden = verify_graphs(parts, spec, proofs, proof_root, root)
             for note in idle_adapter_notes(reports, proofs):
                 clock.notes(note)
+            if spec.save_adapter is not None:
+                with clock.stage("save adapter"):
+                    notes = save_adapter(parts, spec, spec.save_adapter)
+                for note in notes:
+                    clock.notes(note)
             graphs = proofs
             if spec.dtype is not DType.FLOAT32:
                 with clock.stage(f"round to {spec.dtype}", root):
@@ -122,7 +134,12 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
                 manifest = describe(parts, spec, graphs, reports, tokenizer)
             check_external_data(root)
             with clock.stage("publish"):
-                log = {"seconds": clock.seconds, "notes": inputs.notes, "peak_bytes": clock.memory.as_dict()}
+                log = {
+                    "seconds": clock.seconds,
+                    "notes": inputs.notes,
+                    "peak_bytes": clock.memory.as_dict(),
+                    "merges": merge_log(proofs),
+                }
                 return publish(staged, manifest, log)
 
 
@@ -135,12 +152,19 @@ def read_inputs(spec: BuildSpec) -> Inputs:
     notes = check_against_base(adapters, base)
     if spec.dtype is DType.FLOAT16:
         check_half_range(adapters)
-    if spec.mix is not None:
-        mix_row(spec.mix, [expert.name for expert in adapters.experts])
     touched = {path for expert in adapters.experts for path in expert.deltas}
-    odd = mix_note(spec.mix or {})
-    mixed = (odd,) if odd else ()
+    mixed = check_mix(spec, adapters, touched)
     return Inputs(adapters, base, (*adapters.notes, *base.notes, *notes, *untying_notes(base, touched), *mixed))
+
+
+def check_mix(spec: BuildSpec, adapters: AdapterSet, touched: Collection[str]) -> tuple[str, ...]:
+    """Refuse a mix of strangers; returns what to say of an odd one."""
+    mix = spec.mix_file
+    if mix is None:
+        return ()
+    mix_rows(mix, [expert.name for expert in adapters.experts], sorted(touched))
+    notes = dict.fromkeys(mix_note(weights) for weights in (mix.weights, *mix.sites.values()))
+    return tuple(note for note in notes if note)
 
 
 def check_spec(spec: BuildSpec) -> None:
@@ -158,6 +182,12 @@ def check_spec(spec: BuildSpec) -> None:
             got="--mode dynamic",
             fix="add --mode static, or give --mix to `runtime generate`",
         )
+    merge = settled(spec.merge)
+    if Mode.STATIC not in spec.modes and (merge.method is not MergeMethod.LINEAR or spec.save_adapter):
+        where = "--save-adapter" if spec.save_adapter else "--merge"
+        raise ExportError("only static graphs have merged experts", where=where, fix="add --mode static and --mix")
+    if spec.save_adapter is not None:
+        require_free(spec.save_adapter, overwrite=spec.overwrite)
     if spec.emit is Emit.MODERN and spec.cache is CacheChoice.NONE:
         raise ExportError("the modern emit always has a K/V cache", where="--cache none", fix="--emit portable")
 
@@ -229,16 +259,66 @@ def export_static(
     parts: Parts, spec: BuildSpec, dtype: DType, store: WeightStore, twin: WeightStore | None
 ) -> Exported:
     """The plain base graph with the mix folded in; only the changed tensors are stored anew."""
-    assert spec.mix is not None
     model = parts.model
-    row = mix_row(spec.mix, [expert.name for expert in parts.inputs.adapters.experts])
+    rows, merge = static_rows(parts, spec), settled(spec.merge)
     shape = signature_shape(model, 0, 0, gate=False, dtype=dtype, cache=cache_style(spec))
-    sites = [site for site in parts.sites if (row @ site.weights).any()]
+    sites = touched_sites(parts.sites, rows)
     torch_dtype = getattr(torch, dtype.value)
-    changed = rounded_weights(twin, torch_dtype) if twin else folded_weights(model, sites, row)
+    measures: dict[str, SiteMerge] = {}
+    changed = rounded_weights(twin, torch_dtype) if twin else folded_weights(model, sites, rows, merge, measures)
     with untied(model, sites) as partners:
         plan = GraphPlan("static", signature_from_shape(shape), spec.emit, changed=changed, partners=partners)
-        return Exported(graph_info(plan, Mode.STATIC, spec.mix), export_graph(model, plan, store), store)
+        info = static_info(graph_info(plan, Mode.STATIC, None), spec, merge)
+        return Exported(info, export_graph(model, plan, store), store, in_site_order(sites, measures))
+
+
+def in_site_order(sites: Sequence[Site], measures: Mapping[str, SiteMerge]) -> tuple[SiteMerge, ...]:
+    """The store writes by name."""
+    return tuple(measures[site.path] for site in sites if site.path in measures)
+
+
+def static_rows(parts: Parts, spec: BuildSpec) -> torch.Tensor:
+    """[sites, E]: the spec's mix."""
+    mix = spec.mix_file
+    assert mix is not None
+    return mix_rows(mix, [expert.name for expert in parts.inputs.adapters.experts], [site.path for site in parts.sites])
+
+
+def static_info(info: GraphInfo, spec: BuildSpec, merge: MergeInfo) -> GraphInfo:
+    """The record of a static graph: which mix, and how it was merged."""
+    mix = spec.mix_file
+    assert mix is not None
+    return info.model_copy(update={"mix": mix.weights, "mix_sites": mix.sites, "merge": merge})
+
+
+def save_adapter(parts: Parts, spec: BuildSpec, folder: Path) -> tuple[str, ...]:
+    """The merged update as a PEFT LoRA folder; returns what to say of dense ones, which take full rank."""
+    rows, merge = static_rows(parts, spec), settled(spec.merge)
+    sites = touched_sites(parts.sites, rows)
+    if not sites:
+        raise ExportError("the mix changes no module: there is no adapter", where="--save-adapter", fix="another --mix")
+    updates = {site.path: merged(site, row_of(rows, site), merge) for site in sites}
+    factors = {path: factored(update) for path, update in updates.items()}
+    save_lora(
+        folder,
+        {path: LoraDelta(update.a.float(), update.b.float(), 1.0) for path, update in factors.items()},
+        embeddings={site.path for site in sites if site.kind is SiteKind.EMBEDDING},
+        fan_in_fan_out=any(site.kind is SiteKind.CONV1D for site in sites),
+        base_name=shared_base_name(parts.inputs.adapters, folder),
+    )
+    full = [rank_of(update) for update in updates.values() if isinstance(update, torch.Tensor)]
+    if not full:
+        return ()
+    return (f"{merge.method} gives dense updates: saved at full rank, up to {max(full)}; --merge-rank cuts them",)
+
+
+def merge_log(graphs: Sequence[Exported]) -> dict[str, object]:
+    """Graph -> what its merge did, in total and module by module."""
+    return {
+        graph.info.name: {"total": as_log(in_total(graph.merges)), "sites": [as_log(one) for one in graph.merges]}
+        for graph in graphs
+        if graph.info.mode is Mode.STATIC
+    }
 
 
 def cache_style(spec: BuildSpec) -> CacheStyle:
@@ -290,7 +370,7 @@ def verify_graphs(
 def idle_adapter_notes(reports: Sequence[VerifyReport], graphs: Sequence[Exported]) -> Iterator[str]:
     """A line where the experts hardly change the base: usually they are untrained, or of another base."""
     for report, graph in zip(reports, graphs, strict=True):
-        is_plain = graph.info.mode is Mode.STATIC and not any((graph.info.mix or {}).values())
+        is_plain = graph.info.mode is Mode.STATIC and not graph.merges
         if report.checks and not is_plain and report.adapters_matter <= LOGITS_LIMIT:
             yield (
                 f"graph {report.graph}: the experts change no logit by more than {report.adapters_matter:.2g}; "

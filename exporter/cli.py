@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import os
 import sys
@@ -16,12 +17,13 @@ from exporter.spec import AdapterSource, BuildSpec, CacheChoice, DType, OpChoice
 from runtime.command import run_command
 from runtime.engines import Target
 from runtime.errors import InputError
-from runtime.manifest import Check, Emit, Mode, TopkSoftmax, VerifyLevel
+from runtime.manifest import BUILD_LOG_NAME, Check, Emit, MergeInfo, MergeMethod, Mode, TopkSoftmax, VerifyLevel
 
 if TYPE_CHECKING:
     from exporter.engines.spec import EngineSpec
     from exporter.watch import StageClock
     from runtime.bundle import Bundle
+    from runtime.mix_file import MixFile
 
 E = TypeVar("E", bound=StrEnum)
 
@@ -82,7 +84,8 @@ def _add_build(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     _add_sources(command)
     add("--mode", nargs="+", type=_one_of(Mode), choices=list(Mode), default=[Mode.DYNAMIC], help="one or both")
-    add("--mix", metavar="math=0.7,code=0.3", help="the mix of a static graph; 'base' for no expert")
+    add("--mix", metavar="math=0.7,code=0.3|FILE.json", help="the mix of a static graph; 'base' for no expert")
+    _add_merge(command)
     add("--out", type=Path, metavar="DIR", help="default ./NAME-MODE")
     add("--overwrite", action="store_true", help="replace the bundle that is there")
     add("--emit", type=_one_of(Emit), choices=list(Emit), default=Emit.PORTABLE, help="opset 18 or opset 24 operators")
@@ -114,6 +117,21 @@ def _add_build(command: argparse.ArgumentParser) -> None:
     )
     _add_engine_options(command)
     _add_quiet(command)
+
+
+def _add_merge(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument_group("how a static mix becomes one update a module").add_argument
+    add(
+        "--merge",
+        type=_one_of(MergeMethod),
+        choices=list(MergeMethod),
+        help="default linear, the exact weighted sum of the experts' deltas",
+    )
+    add("--density", type=_share, metavar="SHARE", help="of each delta's entries that stays: ties, dare_*, magnitude_*")
+    add("--merge-rank", type=_count, metavar="R", help="of svd (default the largest expert's); cuts ties, dare_* too")
+    add("--keep", type=_share, metavar="SHARE", help="of the rank-one terms that rank-select keeps (default 0.5)")
+    add("--seed", type=_natural, metavar="N", help="of dare_* (default 0)")
+    add("--save-adapter", type=Path, metavar="DIR", help="write the merged update as a PEFT LoRA folder, too")
 
 
 def _add_engine_options(command: argparse.ArgumentParser) -> None:
@@ -161,6 +179,31 @@ def _one_of(kind: type[E]) -> Callable[[str], E]:
     return read
 
 
+def _share(text: str) -> float:
+    """An argparse type: more than 0, at most 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: need more than 0, at most 1")
+    return value
+
+
+def _count(text: str) -> int:
+    """An argparse type: at least 1."""
+    return _at_least(1, text)
+
+
+def _natural(text: str) -> int:
+    """An argparse type: at least 0."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    value = int(text)
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text}: need at least {least}")
+    return value
+
+
 def _source(text: str) -> AdapterSource:
     """DIR, NAME=DIR or KEY:NAME=DIR; a DIR that exists is taken as it stands."""
     if "=" not in text or Path(text).exists():
@@ -202,6 +245,8 @@ def build(args: argparse.Namespace) -> int:
         bundle = build_bundle(spec, clock)
     if not args.quiet:
         _print_bundle(bundle, clock)
+        if args.merge is not None or args.save_adapter is not None:
+            _print_merges(bundle)
     print(bundle.root)
     for engine_spec in engines:
         _build_engines(bundle, engine_spec, quiet=args.quiet)
@@ -311,15 +356,31 @@ def _silence_transformers() -> None:
     transformers_logging.set_verbosity_error()
 
 
-def _build_spec(args: argparse.Namespace) -> BuildSpec:
+def _mix(text: str) -> MixFile:
+    """A file's mix, or the words'."""
     from runtime.mix import mix_from_text
+    from runtime.mix_file import MixFile, read_mix
 
+    if text.endswith(".json"):
+        return read_mix(Path(text))
+    return MixFile(weights=mix_from_text(text))
+
+
+def _build_spec(args: argparse.Namespace) -> BuildSpec:
     return BuildSpec(
         adapters=tuple(args.adapters),
         base=args.base,
         gate=args.gate,
         modes=tuple(dict.fromkeys(args.mode)),
-        mix=None if args.mix is None else mix_from_text(args.mix),
+        mix=None if args.mix is None else _mix(args.mix),
+        merge=MergeInfo(
+            method=args.merge or MergeMethod.LINEAR,
+            density=args.density,
+            rank=args.merge_rank,
+            keep=args.keep,
+            seed=args.seed,
+        ),
+        save_adapter=args.save_adapter,
         out=args.out,
         emit=args.emit,
         dtype=args.dtype,
@@ -347,6 +408,19 @@ def _print_bundle(bundle: Bundle, clock: StageClock) -> None:
     if clock.memory is not None:
         anonymous, mapped = size_text(clock.memory.anonymous), size_text(clock.memory.mapped)
         print(f"{sum(clock.seconds.values()):.1f} s, peak memory {anonymous} anonymous and {mapped} mapped")
+
+
+def _print_merges(bundle: Bundle) -> None:
+    """Module by module and in total: the rank added, and how far the merge is from the exact weighted sum."""
+    log = json.loads((bundle.root / BUILD_LOG_NAME).read_text(encoding="utf-8"))
+    for name, merge in log["merges"].items():
+        info = next(graph.merge for graph in bundle.manifest.graphs if graph.name == name)
+        lines = [*merge["sites"], merge["total"]]
+        width = max(len(line["path"]) for line in lines)
+        print(f"{f'graph {name}, {info.method if info else MergeMethod.LINEAR}':<{width}}   rank   relative error")
+        for line in lines:
+            error = "exact sum is 0" if line["error"] is None else f"{line['error']:.3g}"
+            print(f"{line['path']:<{width}}  {line['rank']:>5}   {error}")
 
 
 def _check_line(check: Check) -> str:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.engines import Target
-from runtime.manifest import Emit, Mode, TopkSoftmax, VerifyLevel
+from runtime.manifest import Emit, MergeInfo, Mode, TopkSoftmax, VerifyLevel
+
+if TYPE_CHECKING:
+    from runtime.mix_file import MixFile  # numpy: not for --help
 
 
 class DType(StrEnum):
@@ -49,7 +53,9 @@ class BuildSpec:
     base: str | None = None  # folder or hub id; None: the one the adapters' configs name
     gate: Path | None = None
     modes: tuple[Mode, ...] = (Mode.DYNAMIC,)
-    mix: dict[str, float] | None = None
+    mix: MixFile | dict[str, float] | None = None
+    merge: MergeInfo = MergeInfo()  # how the mix becomes one update a module
+    save_adapter: Path | None = None  # the merged update, as a PEFT LoRA folder
     out: Path | None = None  # None: ./NAME-MODE
     emit: Emit = Emit.PORTABLE
     dtype: DType = DType.FLOAT32
@@ -62,3 +68,10 @@ class BuildSpec:
     overwrite: bool = False  # replace an existing bundle at `out`
     threads: int | None = None  # of ONNX Runtime during verification
     targets: tuple[Target, ...] = ()  # engines to be built from the bundle: what they cannot take is refused early
+
+    @property
+    def mix_file(self) -> MixFile | None:
+        """The mix with what its sites have of their own."""
+        from runtime.mix_file import MixFile
+
+        return MixFile(weights=self.mix) if isinstance(self.mix, dict) else self.mix

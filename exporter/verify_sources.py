@@ -17,7 +17,8 @@ from exporter.spec import BuildSpec, CacheChoice, DType
 from exporter.store import WeightStore
 from exporter.tokenizer import load_tokenizer
 from runtime.bundle import Bundle
-from runtime.manifest import Check, GraphInfo, Manifest
+from runtime.manifest import Check, GraphInfo, Manifest, MergeInfo
+from runtime.mix_file import MixFile
 from runtime.signature import CacheStyle
 
 
@@ -41,11 +42,14 @@ def verify_against_sources(bundle: Bundle, sources: BuildSpec) -> dict[str, tupl
 def spec_from_manifest(manifest: Manifest, sources: BuildSpec) -> BuildSpec:
     """The settings the bundle was built with, on the given sources."""
     first = manifest.graphs[0]
-    mixes = [graph.mix for graph in manifest.graphs if graph.mix is not None]
+    static = [graph for graph in manifest.graphs if graph.mix is not None]
+    mixes = [MixFile(weights=graph.mix or {}, sites=graph.mix_sites) for graph in static]
+    merges = [graph.merge for graph in static if graph.merge is not None]
     return replace(
         sources,
         modes=tuple(graph.mode for graph in manifest.graphs),
         mix=mixes[0] if mixes else None,
+        merge=merges[0] if merges else MergeInfo(),
         emit=first.emit,
         dtype=DType(manifest.base.dtype),
         cache=CacheChoice.NONE if first.signature.cache_style is CacheStyle.NONE else CacheChoice.KV,
