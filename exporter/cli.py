@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from exporter.spec import AdapterSource, BuildSpec, CacheChoice, DType, OpChoice
+from exporter.spec import AdapterSource, BuildSpec, CacheChoice, DType, LearnSpec, OpChoice, Per
 from runtime.command import run_command
 from runtime.engines import Target
 from runtime.errors import InputError
@@ -21,6 +21,7 @@ from runtime.manifest import BUILD_LOG_NAME, Check, Emit, MergeInfo, MergeMethod
 
 if TYPE_CHECKING:
     from exporter.engines.spec import EngineSpec
+    from exporter.learn_mix import Learned
     from exporter.watch import StageClock
     from runtime.bundle import Bundle
     from runtime.mix_file import MixFile
@@ -33,11 +34,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     args.arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.ERROR if args.quiet else logging.WARNING, format="%(message)s")
-    commands = {"inspect": inspect, "build": build, "engine": engine, "verify": verify, "record": record}
+    commands = {
+        "inspect": inspect,
+        "build": build,
+        "learn-mix": learn_mix,
+        "engine": engine,
+        "verify": verify,
+        "record": record,
+    }
+    kept = {"build": "; nothing was published", "learn-mix": "; nothing was written"}
     return run_command(
         lambda: commands[args.command](args),
         packages=".[export,cpu]",
-        interrupted="interrupted; nothing was published" if args.command == "build" else "interrupted",
+        interrupted=f"interrupted{kept.get(args.command, '')}",
     )
 
 
@@ -49,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("path", type=Path, metavar="PATH")
     _add_quiet(show)
     _add_build(commands.add_parser("build", help="make a verified bundle from a base, experts and a gate"))
+    _add_learn(commands.add_parser("learn-mix", help="learn the weights of a mix from a few texts"))
     engine = commands.add_parser(
         "engine", help="build a bundle's TensorRT engines, on the device or (trt-rtx) anywhere"
     )
@@ -116,6 +126,29 @@ def _add_build(command: argparse.ArgumentParser) -> None:
         help="trt and trt-rtx build engines beside the bundle (default ort)",
     )
     _add_engine_options(command)
+    _add_quiet(command)
+
+
+def _add_learn(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    _add_sources(command)
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE.jsonl",
+        help='lines of {"prompt": ..., "completion": ...} or {"text": ...}',
+    )
+    add("--out", type=Path, required=True, metavar="FILE.json", help="the mix: for --mix of every command")
+    per = {"choices": list(Per), "default": Per.GLOBAL, "help": "what has weights of its own (default global)"}
+    add("--per", type=_one_of(Per), **per)
+    add("--init", default="uniform", metavar="uniform|FILE.json", help="where to begin")
+    add("--epochs", type=int, default=30, metavar="N", help="at most (default 30)")
+    add("--patience", type=int, default=4, metavar="N", help="epochs without a better validation loss (default 4)")
+    add("--batch", type=int, default=8, metavar="N", help="texts a step (default 8)")
+    add("--learning-rate", type=float, default=0.1, metavar="X", help="of the logits (default 0.1)")
+    add("--validation", type=float, default=0.2, metavar="SHARE", help="of the texts (default 0.2)")
+    add("--seed", type=_natural, default=0, metavar="N", help="of the split and the order (default 0)")
     _add_quiet(command)
 
 
@@ -250,6 +283,31 @@ def build(args: argparse.Namespace) -> int:
     print(bundle.root)
     for engine_spec in engines:
         _build_engines(bundle, engine_spec, quiet=args.quiet)
+    return 0
+
+
+def learn_mix(args: argparse.Namespace) -> int:
+    """Learn a mix, print its weights and write it."""
+    from exporter.progress import shown_stages
+
+    if not args.out.parent.is_dir():  # minutes before it is needed
+        raise InputError("no such folder", where="--out", got=str(args.out.parent))
+    settings = ("data", "base", "gate", "per", "epochs", "patience", "batch", "learning_rate", "validation", "seed")
+    spec = LearnSpec(
+        adapters=tuple(args.adapters),
+        init=None if args.init == "uniform" else Path(args.init),
+        **{name: getattr(args, name) for name in settings},
+    )
+    with shown_stages(quiet=args.quiet) as clock:
+        from exporter.learn_mix import learn_mix as learn
+        from runtime.mix_file import write_mix
+
+        _silence_transformers()
+        learned = learn(spec, clock)
+        write_mix(learned.mix, args.out)
+    if not args.quiet:
+        _print_learned(learned)
+    print(args.out)
     return 0
 
 
@@ -408,6 +466,18 @@ def _print_bundle(bundle: Bundle, clock: StageClock) -> None:
     if clock.memory is not None:
         anonymous, mapped = size_text(clock.memory.anonymous), size_text(clock.memory.mapped)
         print(f"{sum(clock.seconds.values()):.1f} s, peak memory {anonymous} anonymous and {mapped} mapped")
+
+
+def _print_learned(learned: Learned) -> None:
+    """The weights, a row for whatever has its own, and what they brought."""
+    experts = list(learned.mix.weights or next(iter(learned.mix.sites.values())))
+    width = max(len(group) for group in learned.groups)
+    columns = [max(len(name), 6) for name in experts]
+    print(" " * width, *(f"{name:>{wide}}" for name, wide in zip(experts, columns, strict=True)), sep="  ")
+    for group, row in zip(learned.groups, learned.rows, strict=True):
+        cells = (f"{weight:>{wide}.4f}" for weight, wide in zip(row, columns, strict=True))
+        print(f"{group:<{width}}", *cells, sep="  ")
+    print(f"validation loss {learned.first_loss:.4f} -> {learned.best_loss:.4f} in {learned.epochs} epochs")
 
 
 def _print_merges(bundle: Bundle) -> None:

@@ -7,7 +7,7 @@ they are part of what is asked for. Whatever a method gives is dense here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -118,7 +118,7 @@ def _trimmed(delta: torch.Tensor, merge: MergeInfo) -> torch.Tensor:
     return torch.where(delta.abs() >= smallest, delta, 0.0)
 
 
-def _thinned(used: Used, path: str, merge: MergeInfo) -> Sequence[torch.Tensor]:
+def _thinned(used: Used, path: str, merge: MergeInfo) -> list[torch.Tensor]:
     assert merge.density is not None
     kept = [draw(merge.seed or 0, path, name, (d.b @ d.a).shape) < merge.density for name, d in used.items()]
     return [torch.where(mask, delta / merge.density, 0.0) for mask, delta in zip(kept, _deltas(used), strict=True)]
@@ -127,5 +127,5 @@ def _thinned(used: Used, path: str, merge: MergeInfo) -> Sequence[torch.Tensor]:
 def _elected(deltas: torch.Tensor) -> torch.Tensor:
     """deltas [experts, out, in]: positives and negatives apart, the mean of the heavier side."""
     above, below = deltas.clamp_min(0), deltas.clamp_max(0)
-    means = [side.sum(0) / (side != 0).sum(0).clamp_min(1) for side in (above, below)]
-    return torch.where(above.sum(0) > -below.sum(0), *means)
+    positive, negative = (side.sum(0) / (side != 0).sum(0).clamp_min(1) for side in (above, below))
+    return torch.where(above.sum(0) > -below.sum(0), positive, negative)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,6 +45,32 @@ class AdapterSource:
     key: str | None = None
 
 
+class Per(StrEnum):
+    """What has weights of its own in a learned mix."""
+
+    GLOBAL = "global"
+    BLOCK = "block"  # a transformer block; modules outside of all blocks each count as one
+    SITE = "site"
+
+
+@dataclass(frozen=True, slots=True)
+class LearnSpec:
+    """All settings of learn-mix; the defaults are those of the CLI."""
+
+    data: Path  # JSON lines
+    adapters: tuple[AdapterSource, ...] = ()
+    base: str | None = None
+    gate: Path | None = None
+    per: Per = Per.GLOBAL
+    init: Path | None = None  # a mix file; None: uniform
+    epochs: int = 30  # at most
+    patience: int = 4  # epochs without a better validation loss
+    batch: int = 8
+    learning_rate: float = 0.1
+    validation: float = 0.2  # share of the items
+    seed: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class BuildSpec:
     """All settings of a build; the defaults are those of the CLI."""
@@ -54,7 +80,7 @@ class BuildSpec:
     gate: Path | None = None
     modes: tuple[Mode, ...] = (Mode.DYNAMIC,)
     mix: MixFile | dict[str, float] | None = None
-    merge: MergeInfo = MergeInfo()  # how the mix becomes one update a module
+    merge: MergeInfo = field(default_factory=MergeInfo)  # how the mix becomes one update a module
     save_adapter: Path | None = None  # the merged update, as a PEFT LoRA folder
     out: Path | None = None  # None: ./NAME-MODE
     emit: Emit = Emit.PORTABLE

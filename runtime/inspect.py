@@ -93,8 +93,9 @@ def _gate(gate: GateInfo) -> Iterator[tuple[str, str]]:
 
 def _graph(graph: GraphInfo) -> str:
     shares = ", ".join(f"{name}={share:g}" for name, share in (graph.mix or {}).items())
-    own = f", {len(graph.mix_sites)} sites with weights of their own" if graph.mix_sites else ""
-    mix = "" if graph.mix is None else f" of {shares or 'the base alone'}{own}{_merge(graph.merge)}"
+    own = [f"{len(graph.mix_sites)} modules' own weights"] if graph.mix_sites else []
+    parts = " and ".join([*([shares] if shares else []), *own]) or "the base alone"
+    mix = "" if graph.mix is None else f" of {parts}{_merge(graph.merge)}"
     cache = graph.signature.cache_style
     return f"{graph.name}: {graph.mode}{mix}, {graph.emit}, opset {graph.opset}, K/V cache {cache}"
 
