@@ -140,13 +140,12 @@ def _add_learn(command: argparse.ArgumentParser) -> None:
         help='lines of {"prompt": ..., "completion": ...} or {"text": ...}',
     )
     add("--out", type=Path, required=True, metavar="FILE.json", help="the mix: for --mix of every command")
-    per = {"choices": list(Per), "default": Per.GLOBAL, "help": "what has weights of its own (default global)"}
-    add("--per", type=_one_of(Per), **per)
+    add("--per", type=_one_of(Per), choices=list(Per), default=Per.GLOBAL, help="what has weights of its own")
     add("--init", default="uniform", metavar="uniform|FILE.json", help="where to begin")
     add("--epochs", type=int, default=30, metavar="N", help="at most (default 30)")
     add("--patience", type=int, default=4, metavar="N", help="epochs without a better validation loss (default 4)")
     add("--batch", type=int, default=8, metavar="N", help="texts a step (default 8)")
-    add("--learning-rate", type=float, default=0.1, metavar="X", help="of the logits (default 0.1)")
+    add("--learning-rate", type=float, default=0.3, metavar="X", help="of the logits (default 0.3)")
     add("--validation", type=float, default=0.2, metavar="SHARE", help="of the texts (default 0.2)")
     add("--seed", type=_natural, default=0, metavar="N", help="of the split and the order (default 0)")
     _add_quiet(command)

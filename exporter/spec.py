@@ -66,7 +66,7 @@ class LearnSpec:
     epochs: int = 30  # at most
     patience: int = 4  # epochs without a better validation loss
     batch: int = 8
-    learning_rate: float = 0.1
+    learning_rate: float = 0.3
     validation: float = 0.2  # share of the items
     seed: int = 0
 

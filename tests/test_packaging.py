@@ -68,6 +68,7 @@ def test_no_module_of_the_runtime_loads_an_engine_or_anything_of_the_export_side
         "exporter",
         "exporter inspect",
         "exporter build",
+        "exporter learn-mix",
         "exporter verify",
         "exporter record",
         "runtime",
