@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from exporter.adapters import AdapterSet, LoraDelta
+from exporter.adapters import AdapterSet
 from exporter.checkpoints import (
     BaseDescription,
     base_reference,
@@ -21,24 +21,22 @@ from exporter.checkpoints import (
     load_base,
     read_adapters,
     require_free,
-    save_lora,
-    shared_base_name,
     source_files,
 )
 from exporter.errors import ExportError
 from exporter.external_data import check_external_data
 from exporter.gate import Gate, PluginGate, gate_info
 from exporter.graphs import OPSETS, Exported, GraphPlan, export_graph, parameter_count
-from exporter.merges.merge import SiteMerge, as_log, in_total, merged, settled
-from exporter.merges.update import factored, rank_of
+from exporter.merges.merge import SiteMerge, as_log, in_total, settled
 from exporter.model_facts import base_info, module_kinds, refuse_untraceable, signature_shape, untying_notes
 from exporter.op_lint import STATUS, lint, require_lintable
 from exporter.publish import publish, stage
 from exporter.reference import Reference
 from exporter.rounding import require_half_range, require_rounded, round_model
+from exporter.saved_adapter import save_adapter
 from exporter.sites import Site, SiteKind, stack
 from exporter.spec import BuildSpec, CacheChoice, DType, OpChoice
-from exporter.static import folded_weights, mix_rows, rounded_weights, row_of, touched_sites, untied
+from exporter.static import folded_weights, mix_rows, rounded_weights, touched_sites, untied
 from exporter.store import WeightStore
 from exporter.tokenizer import load_tokenizer, write_tokenizer
 from exporter.verification import Verification
@@ -121,7 +119,10 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
                 clock.notes(note)
             if spec.save_adapter is not None:
                 with clock.stage("save adapter"):
-                    notes = save_adapter(parts, spec, spec.save_adapter)
+                    merge = settled(spec.merge)
+                    notes = save_adapter(
+                        inputs.adapters, parts.sites, static_rows(parts, spec), merge, spec.save_adapter
+                    )
                 for note in notes:
                     clock.notes(note)
             graphs = proofs
@@ -289,27 +290,6 @@ def static_info(info: GraphInfo, spec: BuildSpec, merge: MergeInfo) -> GraphInfo
     mix = spec.mix_file
     assert mix is not None
     return info.model_copy(update={"mix": mix.weights, "mix_sites": mix.sites, "merge": merge})
-
-
-def save_adapter(parts: Parts, spec: BuildSpec, folder: Path) -> tuple[str, ...]:
-    """The merged update as a PEFT LoRA folder; returns what to say of dense ones, which take full rank."""
-    rows, merge = static_rows(parts, spec), settled(spec.merge)
-    sites = touched_sites(parts.sites, rows)
-    if not sites:
-        raise ExportError("the mix changes no module: there is no adapter", where="--save-adapter", fix="another --mix")
-    updates = {site.path: merged(site, row_of(rows, site), merge) for site in sites}
-    factors = {path: factored(update) for path, update in updates.items()}
-    save_lora(
-        folder,
-        {path: LoraDelta(update.a.float(), update.b.float(), 1.0) for path, update in factors.items()},
-        embeddings={site.path for site in sites if site.kind is SiteKind.EMBEDDING},
-        fan_in_fan_out=any(site.kind is SiteKind.CONV1D for site in sites),
-        base_name=shared_base_name(parts.inputs.adapters, folder),
-    )
-    full = [rank_of(update) for update in updates.values() if isinstance(update, torch.Tensor)]
-    if not full:
-        return ()
-    return (f"{merge.method} gives dense updates: saved at full rank, up to {max(full)}; --merge-rank cuts them",)
 
 
 def merge_log(graphs: Sequence[Exported]) -> dict[str, object]:
