@@ -279,6 +279,10 @@ def test_two_texts_are_the_least() -> None:
     assert (len(train), len(held)) == (2, 1)
     train, held = split([text] * 3, demo_spec(Path("data"), validation=0.99))
     assert (len(train), len(held)) == (1, 2)
+    many = [TrainingText((1, number), 1) for number in range(20)]
+    train, held = split(many, demo_spec(Path("data")))
+    assert sorted(text.ids for text in (*train, *held)) == [text.ids for text in many]
+    assert held != split(many, demo_spec(Path("data"), seed=1))[1]
 
 
 # --- the command ---
