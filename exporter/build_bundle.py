@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from exporter.adapters import AdapterSet
+from exporter.adapters import AdapterSet, Expert
 from exporter.checkpoints import (
     BaseDescription,
     base_reference,
@@ -20,25 +20,30 @@ from exporter.checkpoints import (
     describe_base,
     load_base,
     read_adapters,
+    require_free,
     source_files,
 )
 from exporter.errors import ExportError
 from exporter.external_data import check_external_data
 from exporter.gate import Gate, PluginGate, gate_info
 from exporter.graphs import OPSETS, Exported, GraphPlan, export_graph, parameter_count
+from exporter.merges.merge import SiteMerge, as_log, in_total, settled
 from exporter.model_facts import base_info, module_kinds, refuse_untraceable, signature_shape, untying_notes
 from exporter.op_lint import STATUS, lint, require_lintable
 from exporter.publish import publish, stage
 from exporter.reference import Reference
 from exporter.rounding import require_half_range, require_rounded, round_model
+from exporter.saved_adapter import save_adapter
 from exporter.sites import Site, SiteKind, stack
 from exporter.spec import BuildSpec, CacheChoice, DType, OpChoice, VariantSpec
 from exporter.static import (
     folded_weights,
     mix_row,
+    mix_rows,
     replaced_weights,
     replacements_of,
     rounded_weights,
+    touched_sites,
     untied,
 )
 from exporter.store import WeightStore
@@ -51,7 +56,7 @@ from exporter.variants import (
     static_variants,
     variant_infos,
 )
-from exporter.verification import Verification
+from exporter.verification import EXACT, Verification
 from exporter.verify import LOGITS_LIMIT
 from exporter.watch import PeakMemory, StageClock
 from plugins.operators import GATE_SCALINGS, GATED_LOW_RANK
@@ -60,10 +65,14 @@ from runtime.engines import Target
 from runtime.golden import GOLDEN_PATH, Golden, GoldenCase
 from runtime.manifest import (
     FORMAT_VERSION,
+    AdapterKind,
     Emit,
     ExpertInfo,
     GraphInfo,
     Manifest,
+    MergeInfo,
+    MergeMethod,
+    MixInfo,
     Mode,
     SiteInfo,
     TokenizerInfo,
@@ -127,6 +136,14 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
                 reports, golden = verify_graphs(parts, spec, proofs, proof_root, root)
             for note in idle_adapter_notes(reports, proofs):
                 clock.notes(note)
+            if spec.save_adapter is not None:
+                with clock.stage("save adapter"):
+                    merge = settled(spec.merge)
+                    notes = save_adapter(
+                        inputs.adapters, parts.sites, static_rows(parts, spec), merge, spec.save_adapter
+                    )
+                for note in notes:
+                    clock.notes(note)
             graphs = proofs
             if spec.dtype is not DType.FLOAT32:
                 with clock.stage(f"round to {spec.dtype}", root):
@@ -139,7 +156,12 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
                 manifest = describe(parts, spec, graphs, reports, tokenizer)
             check_external_data(root)
             with clock.stage("publish"):
-                log = {"seconds": clock.seconds, "notes": inputs.notes, "peak_bytes": clock.memory.as_dict()}
+                log = {
+                    "seconds": clock.seconds,
+                    "notes": inputs.notes,
+                    "peak_bytes": clock.memory.as_dict(),
+                    "merges": merge_log(proofs),
+                }
                 return publish(staged, manifest, log)
 
 
@@ -152,19 +174,42 @@ def read_inputs(spec: BuildSpec) -> Inputs:
     notes = check_against_base(adapters, base)
     if spec.dtype is DType.FLOAT16:
         check_half_range(adapters)
-    if spec.mix is not None:
-        mix_row(spec.mix, [expert.name for expert in adapters.experts])
-        require_foldable(spec.mix, adapters.experts)
     if Mode.DYNAMIC in spec.modes:
         require_switchable(adapters.experts)
     check_variants(spec, adapters)
     touched = {path for expert in adapters.experts for path in expert.deltas}
+    mixed = check_mix(spec, adapters, touched)
     touched |= {
         name.rpartition(".")[0] for e in adapters.experts for name, new in e.replacements.items() if not new.rows
     }
-    mixes = [spec.mix or {}, *(variant.mix.weights for variant in spec.variants)]
-    mixed = [note for mix in mixes if (note := mix_note(mix))]
     return Inputs(adapters, base, (*adapters.notes, *base.notes, *notes, *untying_notes(base, touched), *mixed))
+
+
+def check_mix(spec: BuildSpec, adapters: AdapterSet, touched: Collection[str]) -> tuple[str, ...]:
+    """Refuse a mix of strangers; returns what to say of an odd one."""
+    if spec.mix_info is not None:
+        mix_rows(spec.mix_info, [expert.name for expert in adapters.experts], sorted(touched))
+    folded = static_variants(spec)
+    for variant in folded:
+        for weights in (variant.mix.weights, *variant.mix.sites.values()):
+            require_foldable(weights, adapters.experts)
+        require_mergeable(variant.mix, spec, adapters.experts)
+    mixes = [variant.mix for variant in (*folded, *spec.variants)]
+    notes = dict.fromkeys(mix_note(weights) for mix in mixes for weights in (mix.weights, *mix.sites.values()))
+    return tuple(note for note in notes if note)
+
+
+def require_mergeable(mix: MixInfo, spec: BuildSpec, experts: Sequence[Expert]) -> None:
+    """Refuse to merge, or to save as a LoRA, an expert that is more than low-rank updates."""
+    where = "--save-adapter" if spec.save_adapter else "--merge"
+    if settled(spec.merge).method in EXACT and not spec.save_adapter:
+        return
+    used = {name for weights in (mix.weights, *mix.sites.values()) for name, weight in weights.items() if weight}
+    for expert in experts:
+        if expert.name in used and (expert.kind is AdapterKind.DORA or expert.replacements):
+            is_dora = expert.kind is AdapterKind.DORA
+            what = "DoRA rescales whole weights" if is_dora else "it replaces weights of the base"
+            raise ExportError(f"{expert.name} is no plain sum of low-rank updates: {what}", where=where, code="E_MIX")
 
 
 def check_spec(spec: BuildSpec) -> None:
@@ -182,6 +227,12 @@ def check_spec(spec: BuildSpec) -> None:
             got="--mode dynamic",
             fix="add --mode static, or give --mix to `runtime generate`",
         )
+    merge = settled(spec.merge)
+    if Mode.STATIC not in spec.modes and (merge.method is not MergeMethod.LINEAR or spec.save_adapter):
+        where = "--save-adapter" if spec.save_adapter else "--merge"
+        raise ExportError("only static graphs have merged experts", where=where, fix="add --mode static and --mix")
+    if spec.save_adapter is not None:
+        require_free(spec.save_adapter, overwrite=spec.overwrite)
     if spec.emit is Emit.MODERN and spec.cache is CacheChoice.NONE:
         raise ExportError("the modern emit always has a K/V cache", where="--cache none", fix="--emit portable")
 
@@ -252,18 +303,21 @@ def export_static(
     parts: Parts, spec: BuildSpec, variant: VariantSpec, dtype: DType, store: WeightStore, twin: WeightStore | None
 ) -> Exported:
     """The plain base graph with the mix folded in; only the changed tensors are stored anew."""
-    model, name, mix = parts.model, variant.name, variant.mix.weights
-    row = mix_row(mix, [expert.name for expert in parts.inputs.adapters.experts])
+    model, name, experts = parts.model, variant.name, parts.inputs.adapters.experts
+    names = [expert.name for expert in experts]
+    rows, merge = mix_rows(variant.mix, names, [site.path for site in parts.sites]), settled(spec.merge)
     shape = signature_shape(model, 0, 0, gate=False, dtype=dtype, cache=cache_style(spec))
-    sites = [site for site in parts.sites if (row @ site.weights).any()]
+    sites = touched_sites(parts.sites, rows)
     torch_dtype = getattr(torch, dtype.value)
-    new = replacements_of(parts.inputs.adapters.experts, row)
-    changed = folded_weights(model, sites, row, name) | replaced_weights(model, new, name)
+    measures: dict[str, SiteMerge] = {}
+    new = replacements_of(experts, mix_row(variant.mix.weights, names))
+    changed = folded_weights(model, sites, rows, name, merge, measures) | replaced_weights(model, new, name)
     if twin:
         changed = rounded_weights(twin, torch_dtype, name)
-    with untied(model, sites, [name for name in new if new[name].rows is None]) as partners:
+    with untied(model, sites, [weight for weight in new if new[weight].rows is None]) as partners:
         plan = GraphPlan(name, signature_from_shape(shape), spec.emit, changed=changed, partners=partners)
-        return Exported(graph_info(plan, Mode.STATIC, mix), export_graph(model, plan, store), store)
+        info = static_info(graph_info(plan, Mode.STATIC, None), variant.mix, merge)
+        return Exported(info, export_graph(model, plan, store), store, in_site_order(sites, measures))
 
 
 def added_weights_notes(graphs: Sequence[Exported]) -> Iterator[str]:
@@ -272,6 +326,32 @@ def added_weights_notes(graphs: Sequence[Exported]) -> Iterator[str]:
         if graph.info.mode is Mode.STATIC:
             own = [at.length for name, at in graph.store.stored.items() if name.startswith(f"{graph.info.name}/")]
             yield f"graph {graph.info.name} adds {sum(own):,} bytes of weights in {len(own)} tensors"
+
+
+def in_site_order(sites: Sequence[Site], measures: Mapping[str, SiteMerge]) -> tuple[SiteMerge, ...]:
+    """The store writes by name."""
+    return tuple(measures[site.path] for site in sites if site.path in measures)
+
+
+def static_rows(parts: Parts, spec: BuildSpec) -> torch.Tensor:
+    """[sites, E]: the spec's mix."""
+    mix = spec.mix_info
+    assert mix is not None
+    return mix_rows(mix, [expert.name for expert in parts.inputs.adapters.experts], [site.path for site in parts.sites])
+
+
+def static_info(info: GraphInfo, mix: MixInfo, merge: MergeInfo) -> GraphInfo:
+    """The record of a static graph: which mix, and how it was merged."""
+    return info.model_copy(update={"mix": mix.weights, "mix_sites": mix.sites, "merge": merge})
+
+
+def merge_log(graphs: Sequence[Exported]) -> dict[str, object]:
+    """Graph -> what its merge did, in total and module by module."""
+    return {
+        graph.info.name: {"total": as_log(in_total(graph.merges)), "sites": [as_log(one) for one in graph.merges]}
+        for graph in graphs
+        if graph.info.mode is Mode.STATIC
+    }
 
 
 def cache_style(spec: BuildSpec) -> CacheStyle:
@@ -323,7 +403,7 @@ def verify_graphs(
 def idle_adapter_notes(reports: Sequence[VerifyReport], graphs: Sequence[Exported]) -> Iterator[str]:
     """A line where the experts hardly change the base: usually they are untrained, or of another base."""
     for report, graph in zip(reports, graphs, strict=True):
-        is_plain = graph.info.mode is Mode.STATIC and not any((graph.info.mix or {}).values())
+        is_plain = graph.info.mode is Mode.STATIC and not graph.merges
         if report.checks and not is_plain and report.adapters_matter <= LOGITS_LIMIT:
             yield (
                 f"graph {report.graph}: the experts change no logit by more than {report.adapters_matter:.2g}; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import os
 import sys
@@ -12,14 +13,24 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from exporter.spec import AdapterSource, BuildSpec, CacheChoice, DType, OpChoice, ScalingsChoice
+from exporter.spec import (
+    AdapterSource,
+    BuildSpec,
+    CacheChoice,
+    DType,
+    LearnSpec,
+    OpChoice,
+    Per,
+    ScalingsChoice,
+)
 from runtime.command import run_command
 from runtime.engines import Target
 from runtime.errors import InputError
-from runtime.manifest import Check, Emit, Mode, TopkSoftmax, VerifyLevel
+from runtime.manifest import BUILD_LOG_NAME, Check, Emit, MergeInfo, MergeMethod, Mode, TopkSoftmax, VerifyLevel
 
 if TYPE_CHECKING:
     from exporter.engines.spec import EngineSpec
+    from exporter.learn_mix import Learned
     from exporter.watch import StageClock
     from runtime.bundle import Bundle
 
@@ -31,11 +42,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     args.arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.ERROR if args.quiet else logging.WARNING, format="%(message)s")
-    commands = {"inspect": inspect, "build": build, "engine": engine, "verify": verify, "record": record}
+    commands = {
+        "inspect": inspect,
+        "build": build,
+        "learn-mix": learn_mix,
+        "engine": engine,
+        "verify": verify,
+        "record": record,
+    }
+    kept = {"build": "; nothing was published", "learn-mix": "; nothing was written"}
     return run_command(
         lambda: commands[args.command](args),
         packages=".[export,cpu]",
-        interrupted="interrupted; nothing was published" if args.command == "build" else "interrupted",
+        interrupted=f"interrupted{kept.get(args.command, '')}",
     )
 
 
@@ -47,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("path", type=Path, metavar="PATH")
     _add_quiet(show)
     _add_build(commands.add_parser("build", help="make a verified bundle from a base, experts and a gate"))
+    _add_learn(commands.add_parser("learn-mix", help="learn the weights of a mix from a few texts"))
     engine = commands.add_parser(
         "engine", help="build a bundle's TensorRT engines, on the device or (trt-rtx) anywhere"
     )
@@ -82,7 +102,8 @@ def _add_build(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     _add_sources(command)
     add("--mode", nargs="+", type=_one_of(Mode), choices=list(Mode), default=[Mode.DYNAMIC], help="one or both")
-    add("--mix", metavar="math=0.7,code=0.3", help="the mix of a static graph; 'base' for no expert")
+    add("--mix", metavar="math=0.7,code=0.3|FILE.json", help="the mix of a static graph; 'base' for no expert")
+    _add_merge(command)
     add(
         "--variants",
         nargs="+",
@@ -127,6 +148,43 @@ def _add_build(command: argparse.ArgumentParser) -> None:
     )
     _add_engine_options(command)
     _add_quiet(command)
+
+
+def _add_learn(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    _add_sources(command)
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE.jsonl",
+        help='lines of {"prompt": ..., "completion": ...} or {"text": ...}',
+    )
+    add("--out", type=Path, required=True, metavar="FILE.json", help="the mix: for --mix of every command")
+    add("--per", type=_one_of(Per), choices=list(Per), default=Per.GLOBAL, help="what has weights of its own")
+    add("--init", default="uniform", metavar="uniform|FILE.json", help="where to begin")
+    add("--epochs", type=int, default=30, metavar="N", help="at most (default 30)")
+    add("--patience", type=int, default=4, metavar="N", help="epochs without a better validation loss (default 4)")
+    add("--batch", type=int, default=8, metavar="N", help="texts a step (default 8)")
+    add("--learning-rate", type=float, default=0.3, metavar="X", help="of the logits (default 0.3)")
+    add("--validation", type=float, default=0.2, metavar="SHARE", help="of the texts (default 0.2)")
+    add("--seed", type=_natural, default=0, metavar="N", help="of the split and the order (default 0)")
+    _add_quiet(command)
+
+
+def _add_merge(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument_group("how a static mix becomes one update a module").add_argument
+    add(
+        "--merge",
+        type=_one_of(MergeMethod),
+        choices=list(MergeMethod),
+        help="default linear, the exact weighted sum of the experts' deltas",
+    )
+    add("--density", type=_share, metavar="SHARE", help="of each delta's entries that stays: ties, dare_*, magnitude_*")
+    add("--merge-rank", type=_count, metavar="R", help="of svd (default the largest expert's); cuts ties, dare_* too")
+    add("--keep", type=_share, metavar="SHARE", help="of the rank-one terms that rank-select keeps (default 0.5)")
+    add("--seed", type=_natural, metavar="N", help="of dare_* (default 0)")
+    add("--save-adapter", type=Path, metavar="DIR", help="write the merged update as a PEFT LoRA folder, too")
 
 
 def _add_engine_options(command: argparse.ArgumentParser) -> None:
@@ -174,6 +232,31 @@ def _one_of(kind: type[E]) -> Callable[[str], E]:
     return read
 
 
+def _share(text: str) -> float:
+    """An argparse type: more than 0, at most 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: need more than 0, at most 1")
+    return value
+
+
+def _count(text: str) -> int:
+    """An argparse type: at least 1."""
+    return _at_least(1, text)
+
+
+def _natural(text: str) -> int:
+    """An argparse type: at least 0."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    value = int(text)
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text}: need at least {least}")
+    return value
+
+
 def _source(text: str) -> AdapterSource:
     """DIR, NAME=DIR or KEY:NAME=DIR; a DIR that exists is taken as it stands."""
     if "=" not in text or Path(text).exists():
@@ -215,9 +298,36 @@ def build(args: argparse.Namespace) -> int:
         bundle = build_bundle(spec, clock)
     if not args.quiet:
         _print_bundle(bundle, clock)
+        if args.merge is not None or args.save_adapter is not None:
+            _print_merges(bundle)
     print(bundle.root)
     for engine_spec in engines:
         _build_engines(bundle, engine_spec, quiet=args.quiet)
+    return 0
+
+
+def learn_mix(args: argparse.Namespace) -> int:
+    """Learn a mix, print its weights and write it."""
+    from exporter.progress import shown_stages
+
+    if not args.out.parent.is_dir():  # minutes before it is needed
+        raise InputError("no such folder", where="--out", got=str(args.out.parent))
+    settings = ("data", "base", "gate", "per", "epochs", "patience", "batch", "learning_rate", "validation", "seed")
+    spec = LearnSpec(
+        adapters=tuple(args.adapters),
+        init=None if args.init == "uniform" else Path(args.init),
+        **{name: getattr(args, name) for name in settings},
+    )
+    with shown_stages(quiet=args.quiet) as clock:
+        from exporter.learn_mix import learn_mix as learn
+        from runtime.mix_file import write_mix
+
+        _silence_transformers()
+        learned = learn(spec, clock)
+        write_mix(learned.mix, args.out)
+    if not args.quiet:
+        _print_learned(learned)
+    print(args.out)
     return 0
 
 
@@ -326,16 +436,24 @@ def _silence_transformers() -> None:
 
 def _build_spec(args: argparse.Namespace) -> BuildSpec:
     from exporter.variants import variants_from_words
-    from runtime.mix import mix_from_text
+    from runtime.mix_file import mix_from_word
 
     return BuildSpec(
         adapters=tuple(args.adapters),
         base=args.base,
         gate=args.gate,
         modes=tuple(dict.fromkeys(args.mode)),
-        mix=None if args.mix is None else mix_from_text(args.mix),
+        mix=None if args.mix is None else mix_from_word(args.mix),
         variants=variants_from_words(args.variants),
         scalings=args.scalings,
+        merge=MergeInfo(
+            method=args.merge or MergeMethod.LINEAR,
+            density=args.density,
+            rank=args.merge_rank,
+            keep=args.keep,
+            seed=args.seed,
+        ),
+        save_adapter=args.save_adapter,
         out=args.out,
         emit=args.emit,
         dtype=args.dtype,
@@ -363,6 +481,31 @@ def _print_bundle(bundle: Bundle, clock: StageClock) -> None:
     if clock.memory is not None:
         anonymous, mapped = size_text(clock.memory.anonymous), size_text(clock.memory.mapped)
         print(f"{sum(clock.seconds.values()):.1f} s, peak memory {anonymous} anonymous and {mapped} mapped")
+
+
+def _print_learned(learned: Learned) -> None:
+    """The weights, a row for whatever has its own, and what they brought."""
+    experts = list(learned.mix.weights or next(iter(learned.mix.sites.values())))
+    width = max(len(group) for group in learned.groups)
+    columns = [max(len(name), 6) for name in experts]
+    print(" " * width, *(f"{name:>{wide}}" for name, wide in zip(experts, columns, strict=True)), sep="  ")
+    for group, row in zip(learned.groups, learned.rows, strict=True):
+        cells = (f"{weight:>{wide}.4f}" for weight, wide in zip(row, columns, strict=True))
+        print(f"{group:<{width}}", *cells, sep="  ")
+    print(f"validation loss {learned.first_loss:.4f} -> {learned.best_loss:.4f} in {learned.epochs} epochs")
+
+
+def _print_merges(bundle: Bundle) -> None:
+    """Module by module and in total: the rank added, and how far the merge is from the exact weighted sum."""
+    log = json.loads((bundle.root / BUILD_LOG_NAME).read_text(encoding="utf-8"))
+    for name, merge in log["merges"].items():
+        info = next(graph.merge for graph in bundle.manifest.graphs if graph.name == name)
+        lines = [*merge["sites"], merge["total"]]
+        width = max(len(line["path"]) for line in lines)
+        print(f"{f'graph {name}, {info.method if info else MergeMethod.LINEAR}':<{width}}   rank   relative error")
+        for line in lines:
+            error = "exact sum is 0" if line["error"] is None else f"{line['error']:.3g}"
+            print(f"{line['path']:<{width}}  {line['rank']:>5}   {error}")
 
 
 def _check_line(check: Check) -> str:

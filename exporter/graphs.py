@@ -14,6 +14,7 @@ from exporter.dynamic import TracedModel, traced_model
 from exporter.errors import ExportError
 from exporter.gate import Gate
 from exporter.gated import DoraModule, Down, GatedModule, PluginModule
+from exporter.merges.merge import SiteMerge
 from exporter.passes.pipeline import run_passes
 from exporter.sites import Site
 from exporter.spec import OpChoice
@@ -51,6 +52,7 @@ class Exported:
     info: GraphInfo
     model: ir.Model
     store: WeightStore
+    merges: Sequence[SiteMerge] = ()  # what a static fp32 graph's merge did, module by module
 
 
 def export_graph(model: PreTrainedModel, plan: GraphPlan, store: WeightStore) -> ir.Model:

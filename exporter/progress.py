@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from exporter.watch import StageClock, StageEvent
@@ -29,7 +29,10 @@ def shown_stages(*, quiet: bool) -> Iterator[StageClock]:
             else:
                 console.print(f"  {event.name:<20} {event.seconds:7.1f} s  {size_text(event.size)}", highlight=False)
 
-        yield StageClock(listen, lambda text: console.print(f"note: {text}", highlight=False, markup=False))
+        def tell(before: str) -> Callable[[str], None]:
+            return lambda text: console.print(f"{before}{text}", highlight=False, markup=False)
+
+        yield StageClock(listen, tell("note: "), tell("    "))
 
 
 def size_text(count: int | None) -> str:

@@ -7,7 +7,7 @@ to PEFT.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -87,6 +87,25 @@ class LoopedEmbedding(LoopedModule):
         return F.linear(looked_up, delta.b.to(dtype)) * getattr(self.base, "embed_scale", 1.0)
 
 
+class MergedModule(nn.Module):
+    """base(x) + x deltaT: a static mix whose updates were merged into one delta [out, in] a module."""
+
+    def __init__(self, base: nn.Module, delta: torch.Tensor) -> None:
+        super().__init__()
+        self.base, self.delta = base, delta
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + F.linear(x, self.delta.to(x.dtype))
+
+
+class MergedEmbedding(MergedModule):
+    """The same for a token lookup, times the base's embed_scale."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result = self.base(x)
+        return result + F.embedding(x, self.delta.T.to(result.dtype)) * getattr(self.base, "embed_scale", 1.0)
+
+
 class Reference:
     """Two full passes per sequence (or one under constant scalings) on the Hugging Face model with eager attention."""
 
@@ -109,6 +128,18 @@ class Reference:
             scalings.value = self._filled(torch.tensor(row), len(tokens))
             return ReferenceResult(self._forward(tokens)[0], None)
 
+    def merged(self, deltas: Mapping[str, torch.Tensor], tokens: Sequence[int]) -> ReferenceResult:
+        """One pass with one delta [out, in] a module in place of the experts."""
+        kinds = dict(self.sites)
+        modules = {
+            path: (MergedEmbedding if kinds[path] is SiteKind.EMBEDDING else MergedModule)(
+                self.model.get_submodule(path), delta
+            )
+            for path, delta in deltas.items()
+        }
+        with self._with(modules):
+            return ReferenceResult(self._forward(tokens)[0], None)
+
     def gated(self, tokens: Sequence[int]) -> ReferenceResult:
         """X-LoRA: the scaling pass, the classifier, the main pass."""
         assert self.gate is not None
@@ -126,7 +157,8 @@ class Reference:
     def _replaced(self, row: Sequence[object]) -> Iterator[None]:
         """What PEFT does for modules_to_save and trainable_token_indices of the only expert with a scaling."""
         before: list[tuple[nn.Module, str, nn.Parameter]] = []
-        for expert in (expert for s, expert in zip(row, self.experts, strict=True) if s):
+        used = torch.tensor(row).reshape(-1, len(self.experts)).ne(0).any(0).tolist()
+        for expert in (expert for is_used, expert in zip(used, self.experts, strict=True) if is_used):
             for name, new in expert.replacements.items():
                 base = self.model.get_parameter(name)
                 owner = self.model.get_submodule(name.rpartition(".")[0])
@@ -161,11 +193,16 @@ class Reference:
             module = cls(self.model.get_submodule(path), _deltas(self.experts, path), index, scalings)
             module.factor = self.gate.global_scaling_weight if self.gate else 1.0
             modules[path] = module
+        with self._with(modules):
+            yield scalings
+
+    @contextmanager
+    def _with(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
         attention = self.model.config._attn_implementation
         self.model.config._attn_implementation = "eager"
         try:
             with replaced(self.model, modules):
-                yield scalings
+                yield
         finally:
             self.model.config._attn_implementation = attention
 

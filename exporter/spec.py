@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
 from runtime.engines import Target
-from runtime.manifest import Emit, MixInfo, Mode, TopkSoftmax, VerifyLevel
+from runtime.manifest import Emit, MergeInfo, MixInfo, Mode, TopkSoftmax, VerifyLevel
 
 
 class DType(StrEnum):
@@ -57,6 +57,32 @@ class AdapterSource:
     key: str | None = None
 
 
+class Per(StrEnum):
+    """What has weights of its own in a learned mix."""
+
+    GLOBAL = "global"
+    BLOCK = "block"  # a transformer block; modules outside of all blocks each count as one
+    SITE = "site"
+
+
+@dataclass(frozen=True, slots=True)
+class LearnSpec:
+    """All settings of learn-mix; the defaults are those of the CLI."""
+
+    data: Path  # JSON lines
+    adapters: tuple[AdapterSource, ...] = ()
+    base: str | None = None
+    gate: Path | None = None
+    per: Per = Per.GLOBAL
+    init: Path | None = None  # a mix file; None: uniform
+    epochs: int = 30  # at most
+    patience: int = 4  # epochs without a better validation loss
+    batch: int = 8
+    learning_rate: float = 0.3
+    validation: float = 0.2  # share of the items
+    seed: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class BuildSpec:
     """All settings of a build; the defaults are those of the CLI."""
@@ -65,7 +91,9 @@ class BuildSpec:
     base: str | None = None  # folder or hub id; None: the one the adapters' configs name
     gate: Path | None = None
     modes: tuple[Mode, ...] = (Mode.DYNAMIC,)
-    mix: dict[str, float] | None = None  # of the static graph called "static"
+    mix: MixInfo | dict[str, float] | None = None  # of the static graph called "static"
+    merge: MergeInfo = field(default_factory=MergeInfo)  # how a static mix becomes one update a module
+    save_adapter: Path | None = None  # the merged update of "static", as a PEFT LoRA folder
     variants: tuple[VariantSpec, ...] = ()  # named ones, besides the base, each expert and the gate
     out: Path | None = None  # None: ./NAME-MODE
     emit: Emit = Emit.PORTABLE
@@ -80,3 +108,8 @@ class BuildSpec:
     overwrite: bool = False  # replace an existing bundle at `out`
     threads: int | None = None  # of ONNX Runtime during verification
     targets: tuple[Target, ...] = ()  # engines to be built from the bundle: what they cannot take is refused early
+
+    @property
+    def mix_info(self) -> MixInfo | None:
+        """The mix with what its sites have of their own."""
+        return MixInfo(weights=self.mix) if isinstance(self.mix, dict) else self.mix

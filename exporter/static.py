@@ -12,8 +12,11 @@ from transformers import PreTrainedModel
 
 from exporter.adapters import Expert, Replacement
 from exporter.errors import ExportError
+from exporter.merges.merge import SiteMerge, measured, merged
+from exporter.merges.update import Update, dense
 from exporter.sites import Site, SiteKind, is_transposed
 from exporter.store import Weight, WeightStore
+from runtime.manifest import MergeInfo, MixInfo
 
 
 def mix_row(mix: Mapping[str, float], experts: Sequence[str]) -> torch.Tensor:
@@ -31,13 +34,27 @@ def mix_row(mix: Mapping[str, float], experts: Sequence[str]) -> torch.Tensor:
     return row
 
 
-def folded_weight(base: torch.Tensor, site: Site, row: torch.Tensor) -> torch.Tensor:
-    """W' = W + (b * (s . weights)) a in fp32, rounded once to W's dtype. Conv1D and Embedding store W transposed.
+def mix_rows(mix: MixInfo, experts: Sequence[str], sites: Sequence[str]) -> torch.Tensor:
+    """[sites, E]: the mix's row of every site, in the order of `sites`."""
+    everywhere = mix_row(mix.weights, experts)
+    if unknown := sorted(set(mix.sites) - set(sites)):
+        raise ExportError(
+            "the mix has weights for modules that no expert adapts",
+            where="--mix",
+            got=", ".join(unknown[:5]),
+            need=f"some of the {len(sites)} adapted modules, such as {', '.join(list(sites)[:3])}",
+        )
+    rows = {path: mix_row(weights, experts) for path, weights in mix.sites.items()}
+    return torch.stack([rows.get(path, everywhere) for path in sites]) if sites else everywhere[None]
 
-    A DoRA expert, alone with weight 1 (`require_foldable`), scales every output of that.
+
+def folded_weight(base: torch.Tensor, site: Site, update: Update, row: torch.Tensor) -> torch.Tensor:
+    """W' = W + the update in fp32, rounded once to W's dtype. Conv1D and Embedding store W transposed.
+
+    A DoRA expert, alone with weight 1 in `row` (`require_foldable`), scales every output of that.
     An embedding's `embed_scale` needs no care: its forward multiplies the folded row, as PEFT multiplies the delta.
     """
-    delta = (site.b * (row @ site.weights)) @ site.a  # [out, in]
+    delta = dense(update)  # [out, in]
     is_turned = is_transposed(site.kind)
     weight = base.float() + (delta.T if is_turned else delta)
     if site.out_scale is not None and (scales := site.out_scale[row[list(site.doras)] != 0]).numel():
@@ -47,15 +64,40 @@ def folded_weight(base: torch.Tensor, site: Site, row: torch.Tensor) -> torch.Te
 
 
 def folded_weights(
-    model: nn.Module, sites: Iterable[Site], row: torch.Tensor, graph: str = "static"
+    model: nn.Module,
+    sites: Iterable[Site],
+    rows: torch.Tensor,  # [E], or [sites, E] by site index
+    graph: str = "static",
+    merge: MergeInfo | None = None,
+    measures: dict[str, SiteMerge] | None = None,
 ) -> dict[str, Weight]:
-    """Parameter -> what stands in its place, computed when the store writes it, under the name <graph>/<parameter>."""
+    """Parameter -> what stands in its place, computed when the store writes it, under the name <graph>/<parameter>.
+
+    Measuring is part of folding, since a merge of a large module is dear: `measures` fills as the store writes.
+    """
+
+    def fold(base: torch.Tensor, site: Site) -> torch.Tensor:
+        row = row_of(rows, site)
+        update = merged(site, row, merge or MergeInfo())
+        if measures is not None:
+            measures[site.path] = measured(site, row, update)
+        return folded_weight(base, site, update, row)
 
     def weight(name: str, site: Site) -> Weight:
         base = model.get_parameter(name)
-        return Weight(f"{graph}/{name}", base.dtype, tuple(base.shape), lambda: folded_weight(base, site, row))
+        return Weight(f"{graph}/{name}", base.dtype, tuple(base.shape), lambda: fold(base, site))
 
     return {name: weight(name, site) for site in sites for name in [f"{site.path}.weight"]}
+
+
+def row_of(rows: torch.Tensor, site: Site) -> torch.Tensor:
+    """The mix [E] of one site."""
+    return rows if rows.dim() == 1 else rows[site.index]
+
+
+def touched_sites(sites: Iterable[Site], rows: torch.Tensor) -> list[Site]:
+    """Those where the mix uses an expert that has columns there."""
+    return [site for site in sites if (row_of(rows, site) @ site.weights).any()]
 
 
 def replacements_of(experts: Sequence[Expert], row: torch.Tensor) -> dict[str, Replacement]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from pathlib import Path
 
 from exporter.checkpoints import BaseDescription
@@ -31,6 +32,13 @@ def load_tokenizer(root: Path) -> Text | None:
     """The bundle's tokenizer, as the runtime uses it."""
     path = root / PATH
     return Text(path) if path.is_file() else None
+
+
+def base_tokenizer(base: BaseDescription) -> Text | None:
+    """The tokenizer as a bundle of this base would have it."""
+    with tempfile.TemporaryDirectory(prefix="xlora-tokenizer-") as folder:
+        write_tokenizer(base, Path(folder))
+        return load_tokenizer(Path(folder))
 
 
 def _tokenizer_json(folder: Path) -> bytes | None:

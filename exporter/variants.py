@@ -65,7 +65,8 @@ def static_variants(spec: BuildSpec) -> tuple[VariantSpec, ...]:
     named = tuple(variant for variant in spec.variants if variant.is_static)
     if Mode.STATIC not in spec.modes or spec.mix is None:
         return named
-    return (VariantSpec(STATIC, MixInfo(weights=spec.mix), is_static=True), *named)
+    assert spec.mix_info is not None
+    return (VariantSpec(STATIC, spec.mix_info, is_static=True), *named)
 
 
 def row_variants(spec: BuildSpec) -> tuple[VariantSpec, ...]:
@@ -115,9 +116,6 @@ def _name_problems(spec: BuildSpec, experts: Sequence[str], *, has_gate: bool) -
 
 
 def _mix_problems(variant: VariantSpec, experts: Sequence[Expert], sites: Sequence[str]) -> Iterator[InputError]:
-    if variant.is_static and variant.mix.is_per_site:
-        fix = "leave out static, or sites"
-        yield ExportError("a static variant has one weight an expert", where=f"variant {variant.name}", fix=fix)
     try:
         scalings_from_file(variant.mix, [expert.name for expert in experts], sites)
         for weights in (variant.mix.weights, *variant.mix.sites.values()):

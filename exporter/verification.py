@@ -11,6 +11,7 @@ import onnx
 
 from exporter.adapters import AdapterSet
 from exporter.gate import scaling_pass_row
+from exporter.plain_merges import plain_merge
 from exporter.prompts import encode_prompts
 from exporter.reference import Reference, ReferenceResult
 from exporter.spec import BuildSpec
@@ -27,13 +28,23 @@ from exporter.verify import (
 )
 from runtime.backends import open_session
 from runtime.golden import GoldenCase, GoldenLimits, case_from_replay
-from runtime.manifest import AdapterKind, GraphInfo, Mode, TopkSoftmax, VerifyLevel, VerifyReport
+from runtime.manifest import (
+    AdapterKind,
+    GraphInfo,
+    MergeInfo,
+    MergeMethod,
+    Mode,
+    TopkSoftmax,
+    VerifyLevel,
+    VerifyReport,
+)
 from runtime.mix_file import scalings_from_file
 from runtime.replay import replay
 from runtime.session import Session, SessionSettings
 from runtime.signature import SCALINGS
 from runtime.text import Text
 
+EXACT = (MergeMethod.LINEAR, MergeMethod.CAT)  # the sum of the experts itself
 GOLDEN_PROMPTS, GOLDEN_LONGEST, GOLDEN_TOKENS = 3, 24, 16
 
 
@@ -74,8 +85,7 @@ class Verification:
         experts = self.adapters.experts
         n = len(experts)
         if graph.mode is Mode.STATIC:
-            mix = [(graph.mix or {}).get(expert.name, 0.0) for expert in experts]
-            return [self._constant("mix", mix, None)]
+            return [self._static(graph)]
         spec = graph.signature.input(SCALINGS)
         assert spec is not None
         width = int(spec.shape[2])
@@ -113,6 +123,21 @@ class Verification:
             self._constant(f"variant {name}", (row if len(row) > 1 else row[0]).tolist(), int(spec.shape[2]))
             for name, row in rows
         ]
+
+    def _static(self, graph: GraphInfo) -> Scenario:
+        """The reference of a static graph: the experts one by one under its mix, or its merge done in plain maths."""
+        paths = [path for path, _ in self.reference.sites]
+        weights = {path: graph.mix_sites.get(path, graph.mix or {}) for path in paths}
+        merge = graph.merge or MergeInfo()
+        if merge.method in EXACT:
+            names = [expert.name for expert in self.adapters.experts]
+            rows = [[weights[path].get(name, 0.0) for name in names] for path in paths]
+            run = lambda reference, ids: reference.constant(rows, ids)  # noqa: E731
+        else:
+            plain = {path: plain_merge(self.adapters, weights[path], path, merge) for path in paths}
+            deltas = {path: delta for path, delta in plain.items() if delta is not None}
+            run = lambda reference, ids: reference.merged(deltas, ids)  # noqa: E731
+        return Scenario("mix", None, False, False, lambda ids: run(self.reference, ids), self._base, self._precise(run))
 
     def _constant(self, name: str, weights: Sequence[float] | Sequence[Sequence[float]], width: int | None) -> Scenario:
         """`weights` [E], or [sites, E]."""

@@ -18,7 +18,7 @@ from exporter.store import WeightStore
 from exporter.tokenizer import load_tokenizer
 from exporter.variants import STATIC
 from runtime.bundle import Bundle
-from runtime.manifest import Check, GraphInfo, Manifest, MixInfo, Mode
+from runtime.manifest import Check, GraphInfo, Manifest, MergeInfo, MixInfo, Mode
 from runtime.mix import BASE
 from runtime.signature import SCALINGS, CacheStyle
 
@@ -43,16 +43,22 @@ def verify_against_sources(bundle: Bundle, sources: BuildSpec) -> dict[str, tupl
 def spec_from_manifest(manifest: Manifest, sources: BuildSpec) -> BuildSpec:
     """The settings the bundle was built with, on the given sources."""
     first = manifest.graphs[0]
-    folded = {graph.name: graph.mix for graph in manifest.graphs if graph.mix is not None}
+    folded = {
+        graph.name: MixInfo(weights=graph.mix, sites=graph.mix_sites)
+        for graph in manifest.graphs
+        if graph.mix is not None
+    }
+    merges = [graph.merge for graph in manifest.graphs if graph.merge is not None]
     modes = (Mode.DYNAMIC, *([Mode.STATIC] if STATIC in folded else []))
     dynamic = next((graph for graph in manifest.graphs if graph.mode is Mode.DYNAMIC), None)
     return replace(
         sources,
         modes=modes if dynamic else modes[1:],
         mix=folded.pop(STATIC, None),
+        merge=merges[0] if merges else MergeInfo(),
         variants=(
             *named_rows(manifest),
-            *(VariantSpec(name, MixInfo(weights=mix), is_static=True) for name, mix in folded.items()),
+            *(VariantSpec(name, mix, is_static=True) for name, mix in folded.items()),
         ),
         scalings=scalings_of(dynamic, len(manifest.sites)) if dynamic else None,
         emit=first.emit,

@@ -67,6 +67,7 @@ class StageClock:
 
     listener: Callable[[StageEvent], None] = _silent
     notes: Callable[[str], None] = _silent
+    progress: Callable[[str], None] = _silent  # hears how far a long stage is
     seconds: dict[str, float] = field(default_factory=dict)
     memory: PeakMemory | None = None  # of the build, once it has begun
 

@@ -104,7 +104,7 @@ def judge(
     for (case, texts, wanted), got in zip(recording.cases(), found, strict=True):
         measures.see_case(case, texts, wanted, got)
     noise = max(case.noise.kld_mean for case in header.cases)
-    is_base = header.mode is Mode.STATIC and not any((header.mix or {}).values())
+    is_base = header.mode is Mode.STATIC and not (any((header.mix or {}).values()) or header.mix_sites)
     return Comparison(
         stage="A" if header.dtype == "float32" else "B",
         checks=tuple(measures.checks()),

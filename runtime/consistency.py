@@ -97,9 +97,14 @@ def _graph_contradictions(manifest: Manifest, graph: GraphInfo) -> Iterator[str]
         yield "a static graph has a mix, a dynamic one has none"
     if graph.mode is Mode.STATIC and graph.signature.input(SCALINGS):
         yield "a static graph takes no scalings"
-    strangers = _strangers(graph.mix or {}, [expert.name for expert in manifest.experts])
+    mixed = [*(graph.mix or {}), *(name for weights in graph.mix_sites.values() for name in weights)]
+    strangers = _strangers(mixed, [expert.name for expert in manifest.experts])
     if strangers:
         yield f"its mix names unknown experts: {', '.join(strangers)}"
+    if unknown := _strangers(graph.mix_sites, [site.path for site in manifest.sites]):
+        yield f"its mix names unknown sites: {', '.join(unknown)}"
+    if graph.mode is Mode.DYNAMIC and (graph.mix_sites or graph.merge):
+        yield "a dynamic graph has no merge"
     inputs = [spec.name for spec in graph.signature.inputs]
     outputs = [spec.name for spec in graph.signature.outputs]
     if len(set(inputs)) < len(inputs) or len(set(outputs)) < len(outputs):
@@ -146,5 +151,5 @@ def _report_contradictions(manifest: Manifest) -> Iterator[tuple[str, str]]:
                 yield f"reports.{report.graph}.{check.name}", "says passed where the value is not within the limit"
 
 
-def _strangers(names: Iterable[str], known: list[str]) -> list[str]:
+def _strangers(names: Iterable[str], known: Sequence[str]) -> list[str]:
     return sorted(set(names) - set(known))

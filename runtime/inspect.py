@@ -13,6 +13,8 @@ from runtime.manifest import (
     GateInfo,
     GraphInfo,
     Manifest,
+    MergeInfo,
+    MergeMethod,
     VariantInfo,
     VariantKind,
     VerifyLevel,
@@ -123,10 +125,19 @@ def _shares(mix: Mapping[str, float]) -> str:
 
 
 def _graph(graph: GraphInfo) -> str:
-    mix = "" if graph.mix is None else f" of {_shares(graph.mix)}"
+    own = f" and {len(graph.mix_sites)} modules' own weights" if graph.mix_sites else ""
+    mix = "" if graph.mix is None else f" of {_shares(graph.mix)}{own}{_merge(graph.merge)}"
     cache = graph.signature.cache_style
     ours = f", operators {' and '.join(graph.plugins)}" if graph.plugins else ""
     return f"{graph.name}: {graph.mode}{mix}, {graph.emit}, opset {graph.opset}, K/V cache {cache}{ours}"
+
+
+def _merge(merge: MergeInfo | None) -> str:
+    """The method and its options, where it is not the plain sum."""
+    if merge is None or merge.method is MergeMethod.LINEAR:
+        return ""
+    options = merge.model_dump(exclude={"method"}, exclude_none=True)
+    return f", merged by {merge.method}" + "".join(f", {name} {value:g}" for name, value in options.items())
 
 
 def _verification(manifest: Manifest, graph: str) -> Iterator[str]:

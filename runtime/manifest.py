@@ -79,6 +79,29 @@ class AdapterKind(StrEnum):
     ADALORA = "adalora"  # a LoRA once its singular values are folded in
 
 
+class MergeMethod(StrEnum):
+    """How a static graph's mix becomes one update a module; docs/merges.md has the maths."""
+
+    LINEAR = "linear"
+    CAT = "cat"
+    SVD = "svd"
+    TIES = "ties"
+    DARE_LINEAR = "dare_linear"
+    DARE_TIES = "dare_ties"
+    MAGNITUDE_PRUNE = "magnitude_prune"
+    RANK_SELECT = "rank-select"
+
+
+class MergeInfo(Strict):
+    """A merge method and those of its options that it has."""
+
+    method: MergeMethod = MergeMethod.LINEAR
+    density: Annotated[float, Field(gt=0, le=1)] | None = None  # share of each delta's entries that stays
+    rank: Annotated[int, Field(ge=1)] | None = None  # of the result; None: the largest expert's (svd), or no limit
+    keep: Annotated[float, Field(gt=0, le=1)] | None = None  # share of the rank-one terms that stays
+    seed: Annotated[int, Field(ge=0)] | None = None
+
+
 class BaseModelInfo(Strict):
     """The base model, as its config says."""
 
@@ -140,6 +163,8 @@ class GraphInfo(Strict):
     path: RelativePath
     signature: Signature
     mix: dict[ExpertName, float] | None  # static only
+    mix_sites: dict[str, dict[ExpertName, float]] = Field(default_factory=dict)  # sites with weights of their own
+    merge: MergeInfo | None = None  # static only; None: linear
     plugins: tuple[str, ...] = ()  # operators of ours in it: plugins of TensorRT, else local functions
 
 

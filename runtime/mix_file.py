@@ -50,7 +50,15 @@ def read_mix(path: Path) -> MixFile:
 
 def write_mix(mix: MixFile, path: Path) -> None:
     """Write it as people edit it; the same mix gives the same bytes."""
-    path.write_text(json.dumps(mix.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part = path.with_name(f"{path.name}.part")  # whole or not at all
+    try:
+        part.write_text(json.dumps(mix.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        got = error.strerror or str(error)
+        raise InputError("cannot write the mix", where=str(path), got=got, code="E_MIX") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def scalings_from_file(mix: MixInfo, experts: Sequence[str], sites: Sequence[str]) -> NDArray[np.float32]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from runtime.errors import InputError
-from runtime.manifest import GraphInfo, Manifest, Mode, SourceInfo, Strict
+from runtime.manifest import GraphInfo, Manifest, MergeInfo, Mode, SourceInfo, Strict
 from runtime.replay import Answer, GivenText
 from runtime.signature import LOGITS, SCALINGS
 
@@ -64,6 +64,8 @@ class RecordingHeader(Strict):
     dtype: str  # of the graphs that may be compared
     mode: Mode
     mix: dict[str, float] | None
+    mix_sites: dict[str, dict[str, float]] = Field(default_factory=dict)
+    merge: MergeInfo | None = None
     experts: tuple[str, ...]  # by column
     vocab_size: Annotated[int, Field(ge=2)]
     gate: tuple[int, int] | None  # G, E of the gate's output
@@ -147,6 +149,8 @@ def facts_of(manifest: Manifest, graph: GraphInfo) -> dict[str, Any]:
         "dtype": manifest.base.dtype,
         "mode": graph.mode,
         "mix": graph.mix,
+        "mix_sites": graph.mix_sites,
+        "merge": graph.merge,
         "experts": tuple(e.name for e in sorted(manifest.experts, key=lambda expert: expert.column)),
         "vocab_size": int(logits.shape[2]) if logits else manifest.base.vocab_size,
         "gate": (int(scalings.shape[2]), int(scalings.shape[3])) if gated and scalings else None,

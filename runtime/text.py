@@ -24,9 +24,11 @@ class Text:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
-    def encode(self, text: str) -> list[int]:
-        """The token ids of a prompt."""
-        ids: list[int] = self._guard("cannot encode the prompt", lambda: self._tokenizer.encode(text).ids)
+    def encode(self, text: str, *, specials: bool = True) -> list[int]:
+        """The token ids of a prompt, or without special tokens of what continues one."""
+        ids: list[int] = self._guard(
+            "cannot encode the prompt", lambda: self._tokenizer.encode(text, add_special_tokens=specials).ids
+        )
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -68,6 +68,7 @@ def test_no_module_of_the_runtime_loads_an_engine_or_anything_of_the_export_side
         "exporter",
         "exporter inspect",
         "exporter build",
+        "exporter learn-mix",
         "exporter verify",
         "exporter record",
         "runtime",
@@ -164,7 +165,7 @@ def test_documents_use_only_commands_and_options_that_exist(document: Path, caps
 def _commands(text: str) -> list[tuple[str, str, str]]:
     """Room, command and the rest of each `python -m ...` or console script line, continued lines joined."""
     lines = text.replace("\\\n", " ")
-    found = re.findall(r"(python -m exporter|python -m runtime|xlora-export|xlora-run) ([a-z]+)([^\n`#]*)", lines)
+    found = re.findall(r"(python -m exporter|python -m runtime|xlora-export|xlora-run) ([a-z-]+)([^\n`#]*)", lines)
     rooms = {"xlora-export": "exporter", "xlora-run": "runtime"}
     return [(rooms.get(program, program.split()[-1]), command, rest) for program, command, rest in found]
 

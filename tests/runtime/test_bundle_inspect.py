@@ -8,7 +8,7 @@ import pytest
 
 from runtime.bundle import open_bundle
 from runtime.inspect import render, render_json, verification_of
-from runtime.manifest import Check, ExpertInfo, VerifyLevel, VerifyReport
+from runtime.manifest import Check, ExpertInfo, MergeInfo, MergeMethod, VerifyLevel, VerifyReport
 from tests.runtime.bundle_makers import make_bundle, make_manifest, make_report
 
 
@@ -32,6 +32,28 @@ def test_a_bundle_is_told_in_full(tmp_path: Path) -> None:
         "  torch   2.13.0",
     ):
         assert line in text.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("mix", "sites", "merge", "line"),
+    [
+        ({}, 0, None, "static: static of the base alone, portable"),
+        ({"math": 1.0}, 2, MergeInfo(), "static: static of math=1 and 2 modules' own weights, portable"),
+        (
+            {},
+            2,
+            MergeInfo(method=MergeMethod.SVD, rank=4),
+            "of 2 modules' own weights, merged by svd, rank 4, portable",
+        ),
+        ({"code": 0.5}, 0, MergeInfo(method=MergeMethod.CAT), "static of code=0.5, merged by cat, portable"),
+    ],
+)
+def test_a_merge_is_told(mix: dict[str, float], sites: int, merge: MergeInfo | None, line: str, tmp_path: Path) -> None:
+    manifest = make_manifest()
+    own = {site.path: {"code": 1.0} for site in manifest.sites[:sites]}
+    dynamic, static = manifest.graphs
+    static = static.model_copy(update={"mix": mix, "mix_sites": own, "merge": merge})
+    assert line in render(open_bundle(make_bundle(tmp_path / "x", graphs=(dynamic, static))))
 
 
 def test_json_is_the_manifest_byte_for_byte(tmp_path: Path) -> None:

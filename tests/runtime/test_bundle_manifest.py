@@ -41,6 +41,13 @@ def test_a_manifest_survives_the_round_trip() -> None:
     assert manifest_bytes(read_manifest(data)) == data
 
 
+def test_a_manifest_from_before_merges_is_read() -> None:
+    manifest = value()
+    for graph in manifest["graphs"]:
+        assert (graph.pop("mix_sites"), graph.pop("merge")) == ({}, None)
+    assert read_manifest(json.dumps(manifest).encode()).graphs[1].merge is None
+
+
 def test_a_manifest_is_written_one_way() -> None:
     data = manifest_bytes(make_manifest(artifacts_of(bundle_files()), name="naïve"))
     assert data.endswith(b"}\n")
@@ -128,6 +135,10 @@ def _drop(key: str) -> Callable[[Value], None]:
         (_set("graphs", 0, "mix", to={"math": 1.0}), "a static graph has a mix, a dynamic one has none"),
         (_set("graphs", 1, "mix", to=None), "a static graph has a mix, a dynamic one has none"),
         (_set("graphs", 1, "mix", to={"art": 1.0}), "its mix names unknown experts: art"),
+        (_set("graphs", 1, "mix_sites", to={"nowhere": {"art": 1.0}}), "its mix names unknown experts: art"),
+        (_set("graphs", 1, "mix_sites", to={"nowhere": {"math": 1.0}}), "its mix names unknown sites: nowhere"),
+        (_set("graphs", 0, "mix_sites", to={"nowhere": {"math": 1.0}}), "a dynamic graph has no merge"),
+        (_set("graphs", 0, "merge", to={"method": "svd"}), "a dynamic graph has no merge"),
         (_set("graphs", 1, "signature", "inputs", 0, "name", to="scalings"), "a static graph takes no scalings"),
         (_set("graphs", 0, "signature", "inputs", 0, "name", to="position_ids"), "its signature has a name twice"),
         (_set("graphs", 0, "signature", "carries", 0, "input", to="zzz"), "carries tensors that it does not have"),

@@ -1,0 +1,28 @@
+"""`rank-select`: the strongest rank-one terms of all experts of a site, whoever they come from."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from exporter.merges.experts import weighted_experts
+from exporter.merges.svd import Terms, factors_of, terms_of
+from exporter.merges.update import LowRank
+from exporter.sites import Site
+from runtime.manifest import MergeInfo
+
+KEEP = 0.5
+
+
+def rank_select(site: Site, row: torch.Tensor, merge: MergeInfo) -> LowRank:
+    """Each expert's own terms in one pool; its weight in the mix is part of their strength."""
+    parts = [terms_of(expert) for expert in weighted_experts(site, row).values()]
+    pool = Terms(
+        torch.cat([part.u for part in parts], dim=1),
+        torch.cat([part.strength for part in parts]),
+        torch.cat([part.v for part in parts]),
+    )
+    order = pool.strength.argsort(descending=True, stable=True)
+    kept = order[: math.ceil((merge.keep or KEEP) * len(order))]
+    return factors_of(Terms(pool.u[:, kept], pool.strength[kept], pool.v[kept]))
