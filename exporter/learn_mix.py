@@ -20,6 +20,7 @@ from exporter.spec import BuildSpec, DType, LearnSpec, Per
 from exporter.static import mix_rows
 from exporter.tokenizer import base_tokenizer
 from exporter.training_texts import TrainingText, read_texts
+from exporter.variants import require_foldable
 from exporter.watch import StageClock
 from runtime.mix_file import MixFile, read_mix
 
@@ -45,6 +46,8 @@ def learn_mix(spec: LearnSpec, clock: StageClock | None = None) -> Learned:
     check_spec(spec)
     with clock.stage("read and check"):
         inputs = read_inputs(BuildSpec(spec.adapters, spec.base, spec.gate))
+        experts = inputs.adapters.experts
+        require_foldable(dict.fromkeys((expert.name for expert in experts), 1.0), experts, "--adapters")
         first = None if spec.init is None else read_mix(spec.init)
     for note in inputs.notes:
         clock.notes(note)

@@ -13,11 +13,12 @@ import torch
 
 from exporter.build_bundle import build, load_parts, read_inputs
 from exporter.errors import ExportError
-from exporter.spec import BuildSpec, DType, OpChoice
+from exporter.learn_mix import learn_mix
+from exporter.spec import BuildSpec, DType, LearnSpec, OpChoice
 from runtime.backends import open_session
 from runtime.bundle import Bundle
 from runtime.errors import InputError
-from runtime.manifest import Mode
+from runtime.manifest import MergeInfo, MergeMethod, MixInfo, Mode
 from runtime.replay import replay
 from runtime.routing import routing_for
 from runtime.session import SessionSettings
@@ -224,6 +225,19 @@ def test_what_cannot_be_mixed_is_refused_by_name(tmp_path: Path) -> None:
             read_inputs(spec)
     for mix in ({"dora": 1.0}, {"head": 1.0, "dora": 0.0}, {"lora": 0.3}):
         read_inputs(spec_of(base, paths, static, mix))
+    merged = replace(spec_of(base, paths, static, {"dora": 1}), merge=MergeInfo(method=MergeMethod.SVD))
+    with pytest.raises(InputError, match=r"--merge: dora is no plain sum of low-rank updates: DoRA rescales"):
+        read_inputs(merged)
+    saved = replace(spec_of(base, paths, static, {"head": 1}), save_adapter=tmp_path / "saved")
+    with pytest.raises(InputError, match=r"--save-adapter: head is no plain sum of low-rank updates: it replaces"):
+        read_inputs(saved)
+    by_site = MixInfo(weights={"lora": 1.0}, sites={"model.layers.0.self_attn.q_proj": {"dora": 0.5}})
+    with pytest.raises(InputError, match="dora cannot be mixed"):
+        read_inputs(replace(spec_of(base, paths, static), mix=by_site))
+    del paths["head"]
+    (tmp_path / "data.jsonl").write_text('{"text": "a b"}\n' * 4)
+    with pytest.raises(InputError, match="--adapters: dora cannot be mixed"):
+        learn_mix(LearnSpec(tmp_path / "data.jsonl", named_sources(paths), str(base)))
 
 
 def test_an_output_whose_weights_vanish_is_refused(tmp_path: Path) -> None:
