@@ -125,8 +125,9 @@ def _shares(mix: Mapping[str, float]) -> str:
 
 
 def _graph(graph: GraphInfo) -> str:
-    own = f" and {len(graph.mix_sites)} modules' own weights" if graph.mix_sites else ""
-    mix = "" if graph.mix is None else f" of {_shares(graph.mix)}{own}{_merge(graph.merge)}"
+    own = f"{len(graph.mix_sites)} modules' own weights" if graph.mix_sites else ""
+    parts = [_shares(graph.mix or {})] if graph.mix or not own else []
+    mix = "" if graph.mix is None else f" of {' and '.join([*parts, *filter(None, [own])])}{_merge(graph.merge)}"
     cache = graph.signature.cache_style
     ours = f", operators {' and '.join(graph.plugins)}" if graph.plugins else ""
     return f"{graph.name}: {graph.mode}{mix}, {graph.emit}, opset {graph.opset}, K/V cache {cache}{ours}"
