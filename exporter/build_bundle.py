@@ -187,12 +187,12 @@ def read_inputs(spec: BuildSpec) -> Inputs:
 
 def check_mix(spec: BuildSpec, adapters: AdapterSet, touched: Collection[str]) -> tuple[str, ...]:
     """Refuse a mix of strangers; returns what to say of an odd one."""
-    if spec.mix_info is not None:
+    if spec.mix_info is not None:  # `check_variants` looks at the named ones
         mix_rows(spec.mix_info, [expert.name for expert in adapters.experts], sorted(touched))
+        for weights in (spec.mix_info.weights, *spec.mix_info.sites.values()):
+            require_foldable(weights, adapters.experts)
     folded = static_variants(spec)
     for variant in folded:
-        for weights in (variant.mix.weights, *variant.mix.sites.values()):
-            require_foldable(weights, adapters.experts)
         require_mergeable(variant.mix, spec, adapters.experts)
     mixes = [variant.mix for variant in (*folded, *spec.variants)]
     notes = dict.fromkeys(mix_note(weights) for mix in mixes for weights in (mix.weights, *mix.sites.values()))
@@ -200,13 +200,15 @@ def check_mix(spec: BuildSpec, adapters: AdapterSet, touched: Collection[str]) -
 
 
 def require_mergeable(mix: MixInfo, spec: BuildSpec, experts: Sequence[Expert]) -> None:
-    """Refuse to merge, or to save as a LoRA, an expert that is more than low-rank updates."""
+    """Refuse to merge, to save as a LoRA, or to weigh by module an expert that is more than low-rank updates."""
     where = "--save-adapter" if spec.save_adapter else "--merge"
-    if settled(spec.merge).method in EXACT and not spec.save_adapter:
-        return
+    is_sum = settled(spec.merge).method in EXACT and not spec.save_adapter
     used = {name for weights in (mix.weights, *mix.sites.values()) for name, weight in weights.items() if weight}
     for expert in experts:
-        if expert.name in used and (expert.kind is AdapterKind.DORA or expert.replacements):
+        if expert.name in used and expert.replacements and mix.is_per_site:
+            got = f"it replaces {', '.join(expert.replacements)} of the base"
+            raise ExportError(f"{expert.name} cannot have weights by module", where="--mix", got=got, code="E_MIX")
+        if expert.name in used and not is_sum and (expert.kind is AdapterKind.DORA or expert.replacements):
             is_dora = expert.kind is AdapterKind.DORA
             what = "DoRA rescales whole weights" if is_dora else "it replaces weights of the base"
             raise ExportError(f"{expert.name} is no plain sum of low-rank updates: {what}", where=where, code="E_MIX")

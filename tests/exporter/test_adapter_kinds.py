@@ -231,6 +231,9 @@ def test_what_cannot_be_mixed_is_refused_by_name(tmp_path: Path) -> None:
     saved = replace(spec_of(base, paths, static, {"head": 1}), save_adapter=tmp_path / "saved")
     with pytest.raises(InputError, match=r"--save-adapter: head is no plain sum of low-rank updates: it replaces"):
         read_inputs(saved)
+    own = MixInfo(sites={"model.layers.0.self_attn.q_proj": {"head": 1.0}})
+    with pytest.raises(InputError, match=r"--mix: head cannot have weights by module; got it replaces lm_head\.weight"):
+        read_inputs(replace(spec_of(base, paths, static), mix=own))
     by_site = MixInfo(weights={"lora": 1.0}, sites={"model.layers.0.self_attn.q_proj": {"dora": 0.5}})
     with pytest.raises(InputError, match="dora cannot be mixed"):
         read_inputs(replace(spec_of(base, paths, static), mix=by_site))
