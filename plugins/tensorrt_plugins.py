@@ -54,9 +54,6 @@ def creators(trt: Any, kernels: Callable[[], Kernels]) -> tuple[Any, ...]:
         def get_capability_interface(self, kind: Any) -> Any:
             return self
 
-        def clone(self) -> Any:
-            raise NotImplementedError
-
         def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
             return [input_types[0]]
 

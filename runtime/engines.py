@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -177,6 +177,13 @@ def runs_on(manifest: EngineManifest, capability: str) -> bool:
     if manifest.compute_capabilities:
         return capability in manifest.compute_capabilities
     return float(capability) >= 8.0
+
+
+def fixed_capacity(profiles: Sequence[ProfileInfo]) -> int | None:
+    """C where all profiles take just one, as TensorRT wants of graphs that write their caches themselves."""
+    ranges = [profile.ranges["C"] for profile in profiles if "C" in profile.ranges]
+    sizes = {size for r in ranges for size in (r.min, r.max)}
+    return sizes.pop() if len(sizes) == 1 and len(ranges) == len(profiles) else None
 
 
 def require_fit(engines: EngineFolder, bundle: Bundle, machine: Machine) -> None:

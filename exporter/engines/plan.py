@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from exporter.engines.onnx_bytes import with_sizes, without_functions
-from exporter.engines.spec import EngineSpec, is_fixed, shapes_of
+from exporter.engines.spec import EngineSpec, shapes_of
 from exporter.engines.tensorrt import make_monitor
 from exporter.engines.timing_cache import read_timings, write_timings
 from exporter.errors import ExportError
 from plugins.operators import OPERATORS
 from plugins.tensorrt_plugins import register, unregister
-from runtime.engines import PlanInfo, ProfileInfo, Target
+from runtime.engines import PlanInfo, ProfileInfo, Target, fixed_capacity
 from runtime.errors import InputError, raise_all
 from runtime.manifest import GraphInfo
 from runtime.signature import CacheStyle, Signature
@@ -121,12 +121,14 @@ class Builder:
 def parse(parser: Any, onnx: Path, planned: PlanInfo) -> bool:
     """Parse the graph; the operators that are to be plugins lose their functions, which TensorRT may prefer.
 
-    A size that the profiles fix becomes a number: TensorRT takes no TensorScatter into a cache of open length.
+    A fixed capacity becomes a number: TensorRT takes no TensorScatter into a cache of open length.
     """
-    sizes = {symbol: r.max for symbol, r in planned.profiles[0].ranges.items() if is_fixed(planned.profiles, symbol)}
-    if not planned.plugins and not sizes:
+    capacity = fixed_capacity(planned.profiles)
+    if not planned.plugins and capacity is None:
         return bool(parser.parse_from_file(str(onnx)))
-    model = with_sizes(without_functions(onnx.read_bytes(), planned.plugins), sizes)
+    model = without_functions(onnx.read_bytes(), planned.plugins)
+    if capacity is not None:
+        model = with_sizes(model, {"C": capacity})
     return bool(parser.parse(model, path=str(onnx)))
 
 

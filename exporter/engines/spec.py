@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,12 +69,6 @@ def profiles_of(graph: GraphInfo, spec: EngineSpec, max_positions: int) -> tuple
     }
     decode = {"B": Range(min=1, opt=1, max=2 * spec.max_batch), "S": Range(min=1, opt=1, max=1), "C": cache, "K": some}
     return ProfileInfo(name="prefill", ranges=prefill), ProfileInfo(name="decode", ranges=decode)
-
-
-def is_fixed(profiles: Sequence[ProfileInfo], symbol: str) -> bool:
-    """Whether all profiles give a symbol the same one size."""
-    ranges = [profile.ranges[symbol] for profile in profiles]
-    return len({size for r in ranges for size in (r.min, r.max)}) == 1
 
 
 def shapes_of(tensor: TensorSpec, profile: ProfileInfo) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

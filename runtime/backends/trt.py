@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from runtime.device import ALIGNMENT, Device
 from runtime.device_caches import DeviceCaches, capacity_step
-from runtime.engines import ProfileInfo, Target
+from runtime.engines import ProfileInfo, Target, fixed_capacity
 from runtime.errors import InputError, MachineError
 from runtime.rows import Rows, StepResult
 from runtime.session import SessionSettings, StepLimits
@@ -95,8 +95,7 @@ class TrtSession:
             if register is not None:
                 register(self._trt)
             self._open(plan)
-            fixed = profiles[0].ranges["C"].max if is_fixed(profiles) else None
-            self._caches = DeviceCaches(self._device, signature, self.limits.positions, fixed)
+            self._caches = DeviceCaches(self._device, signature, self.limits.positions, fixed_capacity(profiles))
             self._fresh = [Buffer() for _ in self._caches.groups]
             self._nothing = self._device.allocate(0)  # where tensors without elements lie
             self._fit(self._scratch, self._scratch_bytes())
@@ -350,7 +349,7 @@ def step_limits(profiles: Sequence[ProfileInfo], max_positions: int, capacity_st
     """What every step may bring: the least of the profiles' largest rows and entries, the longest of their steps."""
     tokens = max(profile.ranges["S"].max for profile in profiles)
     context = min(profile.ranges["C"].max if "C" in profile.ranges else tokens for profile in profiles)
-    if is_fixed(profiles):
+    if fixed_capacity(profiles) is not None:
         context -= tokens  # the engine writes the padding of a step too
     context -= context % capacity_step
     return StepLimits(
@@ -359,11 +358,6 @@ def step_limits(profiles: Sequence[ProfileInfo], max_positions: int, capacity_st
         tokens=tokens,
         fix="build the engine with a larger --max-context" if context < max_positions else "",
     )
-
-
-def is_fixed(profiles: Sequence[ProfileInfo]) -> bool:
-    """Whether the engine takes caches of one capacity only."""
-    return all("C" in profile.ranges and profile.ranges["C"].min == profile.ranges["C"].max for profile in profiles)
 
 
 def profile_for(profiles: Sequence[ProfileInfo], sizes: Mapping[str, int]) -> int:

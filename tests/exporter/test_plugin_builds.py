@@ -17,7 +17,8 @@ import pytest
 from exporter import build
 from exporter.cli import main
 from exporter.engines import EngineSpec, build_engines, link
-from exporter.engines.spec import plugins_of
+from exporter.engines.plan import parse
+from exporter.engines.spec import plugins_of, profiles_of
 from exporter.errors import ExportError
 from exporter.gate import PluginGate
 from exporter.op_lint import lint
@@ -26,7 +27,7 @@ from plugins.operators import DOMAIN, GATE_SCALINGS, GATED_LOW_RANK, GateRules
 from runtime import GenerateOptions, complete, load
 from runtime.backends import open_session
 from runtime.bundle import Bundle, open_bundle
-from runtime.engines import Target, engine_folders, open_engines
+from runtime.engines import PlanInfo, Target, engine_folders, open_engines
 from runtime.errors import MachineError
 from runtime.inspect import render
 from runtime.manifest import Emit, Mode, TopkSoftmax
@@ -217,3 +218,36 @@ def test_the_demo_checkpoint_in_one_command(tmp_path: Path) -> None:
     with load(tmp_path / bundle) as model:
         [answer] = complete(model, ["add 25+14="], GenerateOptions(max_new_tokens=4))
     assert (answer.text or "").strip() == "39"
+
+
+class KeepingParser:
+    """Keeps what it is given to parse."""
+
+    def __init__(self) -> None:
+        self.file: str | None = None
+        self.model: onnx.ModelProto | None = None
+
+    def parse_from_file(self, path: str) -> bool:
+        self.file = path
+        return True
+
+    def parse(self, model: bytes, path: str) -> bool:
+        assert Path(path).is_file(), "weights lie beside it"
+        self.model = onnx.load_from_string(model)
+        return True
+
+
+@pytest.mark.parametrize("plugins", [(), BOTH[:1], BOTH])
+def test_old_tensorrt_is_given_bare_nodes_for_the_plugins(fused: Bundle, plugins: tuple[str, ...]) -> None:
+    """Before 10.7 it prefers a function to a plugin of that name; TensorRT for RTX would not tell."""
+    parser, file = KeepingParser(), fused.root / "dynamic.onnx"
+    [graph] = fused.manifest.graphs
+    profiles = profiles_of(graph, EngineSpec(Target.TRT), fused.manifest.base.max_positions)
+    planned = PlanInfo(graph="dynamic", onnx_sha256="0" * 64, path="p.plan", profiles=profiles, plugins=plugins)
+    assert parse(parser, file, planned)
+    if not plugins:
+        assert (parser.file, parser.model) == (str(file), None)
+        return
+    assert parser.model is not None
+    assert {function.name for function in parser.model.functions} == set(BOTH) - set(plugins)
+    assert [node.op_type for node in parser.model.graph.node if node.domain == DOMAIN] == nodes_of(fused)
