@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from exporter.build_bundle import Parts, load_parts, read_inputs
 from exporter.dynamic import replaced
 from exporter.errors import ExportError
+from exporter.inputs import read_inputs
 from exporter.mixture import Mixture, blocks_of, mixed_modules
 from exporter.model_facts import base_info, eos_token_ids
+from exporter.parts import Parts, load_parts
 from exporter.sites import Site
 from exporter.spec import BuildSpec, DType, LearnSpec, Per
 from exporter.static import mix_rows

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from exporter.build_bundle import Parts, load_parts, make_verification, read_inputs
 from exporter.checkpoints import compare_sources, source_files
 from exporter.errors import ExportError
+from exporter.inputs import read_inputs
+from exporter.parts import Parts, load_parts, make_verification
 from exporter.prompts import encode_prompts
 from exporter.reference import Reference, ReferenceResult
 from exporter.rounding import round_model

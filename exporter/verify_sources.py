@@ -9,9 +9,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from exporter.build_bundle import Parts, export_graphs, load_parts, make_verification, read_inputs
 from exporter.checkpoints import compare_sources, source_files
+from exporter.graph_exports import export_graphs
 from exporter.graphs import Exported
+from exporter.inputs import read_inputs
+from exporter.parts import Parts, load_parts, make_verification
 from exporter.rounding import require_rounded
 from exporter.spec import BuildSpec, CacheChoice, DType, ScalingsChoice, VariantSpec
 from exporter.store import WeightStore

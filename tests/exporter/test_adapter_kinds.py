@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.build_bundle import build, load_parts, read_inputs
+from exporter.build_bundle import build
 from exporter.errors import ExportError
+from exporter.inputs import read_inputs
 from exporter.learn_mix import learn_mix
+from exporter.parts import load_parts
 from exporter.spec import BuildSpec, DType, LearnSpec, OpChoice
 from runtime.backends import open_session
 from runtime.bundle import Bundle

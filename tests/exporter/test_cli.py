@@ -131,7 +131,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: p
     def broken(_: object) -> int:
         raise RuntimeError("ours")
 
-    monkeypatch.setattr("exporter.cli.inspect", broken)
+    monkeypatch.setattr("exporter.commands.inspect.run", broken)
     assert main(["inspect", "x"]) == 4
     assert "Traceback" in capsys.readouterr().err
 

@@ -226,7 +226,7 @@ def test_sources_that_are_not_the_bundles_are_refused(built: Built, family_build
 
 
 def test_large_vocabularies_record_fewer_prompts(built: Built) -> None:
-    from exporter.build_bundle import make_verification
+    from exporter.parts import make_verification
 
     verification = make_verification(built.checkpoint.parts(), BuildSpec(), None)
     assert extent_for(verification, 3).prompts == 16

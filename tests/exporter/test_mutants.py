@@ -11,8 +11,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from exporter.build_bundle import Parts, make_verification
 from exporter.errors import VerifyError
+from exporter.parts import Parts, make_verification
 from exporter.spec import BuildSpec
 from exporter.verify import Scenario, require_passed
 from runtime.manifest import GraphInfo, VerifyLevel

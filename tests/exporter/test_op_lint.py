@@ -10,8 +10,8 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from exporter.build_bundle import export_graphs
 from exporter.errors import ExportError
+from exporter.graph_exports import export_graphs
 from exporter.op_lint import Finding, inlined_and_typed, lint, require_lintable
 from exporter.op_restrictions import CHECKS, UNDECIDABLE
 from exporter.op_table import operator_table

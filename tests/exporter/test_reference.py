@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from exporter.build_bundle import Parts
+from exporter.parts import Parts
 from exporter.reference import ReferenceResult
 from exporter.spec import AdapterSource
 from runtime.manifest import TopkSoftmax

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from exporter.build_bundle import Parts, build
+from exporter.build_bundle import build
 from exporter.errors import ExportError
+from exporter.parts import Parts
 from exporter.spec import AdapterSource
 from exporter.static import folded_weights, mix_row, untied
 from runtime.bundle import Bundle

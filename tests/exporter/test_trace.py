@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from exporter.attention import CacheState, require_window
-from exporter.build_bundle import build, check_spec, default_out, export_dynamic
+from exporter.build_bundle import build
 from exporter.errors import ExportError
+from exporter.graph_exports import export_dynamic
+from exporter.inputs import check_spec, default_out
 from exporter.model_facts import refuse_untraceable, untying_notes
 from exporter.passes.name_weights import NameWeightsPass
 from exporter.spec import AdapterSource, BuildSpec, CacheChoice, DType

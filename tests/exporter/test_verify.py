@@ -15,9 +15,11 @@ import pytest
 import torch
 
 import exporter.build_bundle
-from exporter.build_bundle import build, make_verification
+import exporter.parts
+from exporter.build_bundle import build
 from exporter.errors import ExportError, VerifyError
 from exporter.graphs import Exported
+from exporter.parts import make_verification
 from exporter.reference import ReferenceResult
 from exporter.rounding import require_rounded, round_model
 from exporter.spec import BuildSpec, DType
@@ -207,7 +209,7 @@ def test_structure_is_never_called_verified(family_build: Callable[[str], Built]
 def test_level_is_full_for_small_models(family_build: Callable[[str], Built], monkeypatch: pytest.MonkeyPatch) -> None:
     parts = family_build("llama").checkpoint.parts()
     assert make_verification(parts, BuildSpec(), None).level is VerifyLevel.FULL
-    monkeypatch.setattr(exporter.build_bundle, "FULL_UP_TO", 10)
+    monkeypatch.setattr(exporter.parts, "FULL_UP_TO", 10)
     large = make_verification(parts, BuildSpec(), None)
     assert (large.level, large.is_large) == (VerifyLevel.QUICK, True)
     assert make_verification(parts, BuildSpec(verify=VerifyLevel.FULL), None).level is VerifyLevel.FULL
@@ -223,12 +225,12 @@ def test_none_of_the_users_prompts_is_left_out(family_build: Callable[[str], Bui
 def test_a_build_whose_graph_is_wrong_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = write_lively_base(tmp_path / "base", num_hidden_layers=1)
     sources = named_sources({"one": write_lora(tmp_path / "one", base, ("q_proj", "v_proj"), 2)})
-    right = exporter.build_bundle.stack
+    right = exporter.parts.stack
 
     def half(*arguments: Any) -> Any:
         return tuple(replace(site, weights=site.weights / 2) for site in right(*arguments))
 
-    monkeypatch.setattr(exporter.build_bundle, "stack", half)
+    monkeypatch.setattr(exporter.parts, "stack", half)
     with pytest.raises(VerifyError, match="the exported graph is not the model: logits"):
         build(replace(quick(sources, base), out=tmp_path / "out" / "bundle"))
     assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == []

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.adapters import AdapterSet, Expert
-from exporter.build_bundle import Inputs, Parts, build, load_parts, make_verification
+from exporter.build_bundle import build
 from exporter.checkpoints import describe_base, read_adapters
+from exporter.inputs import Inputs
+from exporter.parts import Parts, load_parts, make_verification
 from exporter.reference import Reference
 from exporter.spec import AdapterSource, BuildSpec, CacheChoice
 from exporter.verify import Extent, Scenario, report_from_measures, verify_graph

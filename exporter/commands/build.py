@@ -1,0 +1,189 @@
+"""`build`: make a verified bundle from a base, experts and a gate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exporter.commands.checks import check_line
+from exporter.commands.engine_options import add_engine_options, build_engines_beside, engine_spec
+from exporter.commands.options import (
+    Commands,
+    add_quiet,
+    add_sources,
+    count,
+    natural,
+    one_of,
+    share,
+    silence_transformers,
+)
+from exporter.spec import BuildSpec, CacheChoice, DType, OpChoice, ScalingsChoice
+from runtime.engines import Target
+from runtime.manifest import BUILD_LOG_NAME, Emit, MergeInfo, MergeMethod, Mode, TopkSoftmax, VerifyLevel
+
+if TYPE_CHECKING:
+    from exporter.watch import StageClock
+    from runtime.bundle import Bundle
+
+
+def add_options(commands: Commands) -> None:
+    """The command `build`."""
+    command = commands.add_parser("build", help="make a verified bundle from a base, experts and a gate")
+    add = command.add_argument
+    add_sources(command)
+    add("--mode", nargs="+", type=one_of(Mode), choices=list(Mode), default=[Mode.DYNAMIC], help="one or both")
+    add("--mix", metavar="math=0.7,code=0.3|FILE.json", help="the mix of a static graph; 'base' for no expert")
+    _add_merge(command)
+    add(
+        "--variants",
+        nargs="+",
+        default=[],
+        metavar="NAME:[static:]MIX|FILE.json",
+        help="named mixes: rows of the dynamic graph, or static graphs of their own; MIX as for --mix, or a mix file",
+    )
+    add(
+        "--scalings",
+        type=one_of(ScalingsChoice),
+        choices=list(ScalingsChoice),
+        help="rows of scalings a token; default sites where the gate or a named mix has weights by site",
+    )
+    add("--out", type=Path, metavar="DIR", help="default ./NAME-MODE")
+    add("--overwrite", action="store_true", help="replace the bundle that is there")
+    add("--emit", type=one_of(Emit), choices=list(Emit), default=Emit.PORTABLE, help="opset 18 or opset 24 operators")
+    add("--dtype", type=one_of(DType), choices=list(DType), default=DType.FLOAT32, help="of weights and K/V")
+    add("--cache", type=one_of(CacheChoice), choices=list(CacheChoice), default=CacheChoice.KV)
+    add(
+        "--topk-softmax",
+        type=one_of(TopkSoftmax),
+        choices=list(TopkSoftmax),
+        help="the rule the gate was trained with",
+    )
+    add(
+        "--verify",
+        type=one_of(VerifyLevel),
+        choices=list(VerifyLevel),
+        help="default full up to 300 M parameters, then quick",
+    )
+    add("--prompt", dest="prompts", action="append", default=[], metavar="TEXT", help="verify with these texts")
+    add("--threads", type=int, metavar="N", help="of ONNX Runtime during verification")
+    plugin = "plain operators, or one plugin node with a fallback"
+    add("--gate-op", type=one_of(OpChoice), choices=list(OpChoice), default=OpChoice.OPS, help=f"the gate: {plugin}")
+    add("--site-op", type=one_of(OpChoice), choices=list(OpChoice), default=OpChoice.OPS, help=f"sites: {plugin}")
+    targets = ["ort", *map(str, Target)]
+    add(
+        "--target",
+        action="append",
+        choices=targets,
+        help="trt and trt-rtx build engines beside the bundle (default ort)",
+    )
+    add_engine_options(command)
+    add_quiet(command)
+    command.set_defaults(run=run, interrupted="interrupted; nothing was published")
+
+
+def _add_merge(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument_group("how a static mix becomes one update a module").add_argument
+    add(
+        "--merge",
+        type=one_of(MergeMethod),
+        choices=list(MergeMethod),
+        help="default linear, the exact weighted sum of the experts' deltas",
+    )
+    add("--density", type=share, metavar="SHARE", help="of each delta's entries that stays: ties, dare_*, magnitude_*")
+    add("--merge-rank", type=count, metavar="R", help="of svd (default the largest expert's); cuts ties, dare_* too")
+    add("--keep", type=share, metavar="SHARE", help="of the rank-one terms that rank-select keeps (default 0.5)")
+    add("--seed", type=natural, metavar="N", help="of dare_* (default 0)")
+    add("--save-adapter", type=Path, metavar="DIR", help="write the merged update as a PEFT LoRA folder, too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build and publish."""
+    spec = _build_spec(args)
+    engines = [engine_spec(args, target) for target in spec.targets]
+    from exporter.progress import shown_stages
+
+    has_plugins = OpChoice.PLUGIN in (spec.gate_op, spec.site_op)
+    for asked in engines:
+        from exporter.engines.link import is_linked, run_linked
+        from exporter.engines.tensorrt import load_builder
+
+        load_builder(asked.target)  # minutes before it is needed
+        if has_plugins and not is_linked(asked.target):
+            return run_linked(args.arguments)
+    with shown_stages(quiet=args.quiet) as clock:
+        from exporter.build_bundle import build as build_bundle
+
+        silence_transformers()
+        bundle = build_bundle(spec, clock)
+    if not args.quiet:
+        _print_bundle(bundle, clock)
+        if args.merge is not None or args.save_adapter is not None:
+            _print_merges(bundle)
+    print(bundle.root)
+    for asked in engines:
+        build_engines_beside(bundle, asked, quiet=args.quiet)
+    return 0
+
+
+def _build_spec(args: argparse.Namespace) -> BuildSpec:
+    from exporter.variants import variants_from_words
+    from runtime.mix_file import mix_from_word
+
+    return BuildSpec(
+        adapters=tuple(args.adapters),
+        base=args.base,
+        gate=args.gate,
+        modes=tuple(dict.fromkeys(args.mode)),
+        mix=None if args.mix is None else mix_from_word(args.mix),
+        variants=variants_from_words(args.variants),
+        scalings=args.scalings,
+        merge=MergeInfo(
+            method=args.merge or MergeMethod.LINEAR,
+            density=args.density,
+            rank=args.merge_rank,
+            keep=args.keep,
+            seed=args.seed,
+        ),
+        save_adapter=args.save_adapter,
+        out=args.out,
+        emit=args.emit,
+        dtype=args.dtype,
+        cache=args.cache,
+        gate_op=args.gate_op,
+        site_op=args.site_op,
+        topk_softmax=args.topk_softmax,
+        verify=args.verify,
+        prompts=tuple(args.prompts),
+        overwrite=args.overwrite,
+        threads=args.threads,
+        targets=tuple(Target(name) for name in dict.fromkeys(args.target or ()) if name != "ort"),
+    )
+
+
+def _print_bundle(bundle: Bundle, clock: StageClock) -> None:
+    """The mapping column -> name -> folder, the checks, and what the build cost."""
+    from exporter.progress import size_text
+
+    for expert in bundle.manifest.experts:
+        print(f"column {expert.column}  {expert.name}  from {expert.folder} (key {expert.key}, rank {expert.rank})")
+    for report in bundle.manifest.reports:
+        head = f"graph {report.graph}: verification {report.level}, stage {report.stage}, stage B {report.stage_b}"
+        print(f"{head}\n" + "\n".join(check_line(check) for check in report.checks))
+    if clock.memory is not None:
+        anonymous, mapped = size_text(clock.memory.anonymous), size_text(clock.memory.mapped)
+        print(f"{sum(clock.seconds.values()):.1f} s, peak memory {anonymous} anonymous and {mapped} mapped")
+
+
+def _print_merges(bundle: Bundle) -> None:
+    """Module by module and in total: the rank added, and how far the merge is from the exact weighted sum."""
+    log = json.loads((bundle.root / BUILD_LOG_NAME).read_text(encoding="utf-8"))
+    for name, merge in log["merges"].items():
+        info = next(graph.merge for graph in bundle.manifest.graphs if graph.name == name)
+        lines = [*merge["sites"], merge["total"]]
+        width = max(len(line["path"]) for line in lines)
+        print(f"{f'graph {name}, {info.method if info else MergeMethod.LINEAR}':<{width}}   rank   relative error")
+        for line in lines:
+            error = "exact sum is 0" if line["error"] is None else f"{line['error']:.3g}"
+            print(f"{line['path']:<{width}}  {line['rank']:>5}   {error}")

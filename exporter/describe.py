@@ -1,0 +1,54 @@
+"""The manifest of a build: what the bundle says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from exporter.checkpoints import source_files
+from exporter.gate import gate_info
+from exporter.graphs import Exported
+from exporter.model_facts import base_info
+from exporter.parts import Parts
+from exporter.spec import BuildSpec
+from exporter.variants import variant_infos
+from runtime.manifest import FORMAT_VERSION, ExpertInfo, Manifest, SiteInfo, TokenizerInfo, VerifyReport
+
+VERSIONED = ("torch", "transformers", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+
+
+def describe(
+    parts: Parts,
+    spec: BuildSpec,
+    graphs: Sequence[Exported],
+    reports: Sequence[VerifyReport],
+    tokenizer: TokenizerInfo | None,
+) -> Manifest:
+    """The manifest, but for the files, which `publish` lists. Nothing in it depends on time or place."""
+    adapters, base = parts.inputs.adapters, parts.inputs.base
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        name=base.name.rsplit("/", 1)[-1],
+        base=base_info(base, parts.model, spec.dtype),
+        experts=tuple(
+            ExpertInfo(
+                column=column,
+                name=expert.name,
+                key=expert.key,
+                folder=expert.folder.resolve().name,
+                rank=max((delta.a.shape[0] for delta in expert.deltas.values()), default=0),
+                sites=len(expert.deltas),
+                kind=expert.kind,
+            )
+            for column, expert in enumerate(adapters.experts)
+        ),
+        sites=tuple(SiteInfo(path=s.path, kind=s.kind.value, experts=s.experts, ranks=s.ranks) for s in parts.sites),
+        gate=None if adapters.gate is None else gate_info(adapters.gate, len(adapters.experts)),
+        graphs=tuple(graph.info for graph in graphs),
+        variants=variant_infos(spec, adapters),
+        tokenizer=tokenizer,
+        artifacts=(),
+        sources=source_files(adapters, base),
+        reports=tuple(reports),
+        versions={package: version(package) for package in VERSIONED},
+    )

@@ -1,0 +1,128 @@
+"""The graphs of a build: the dynamic one and a static one for each folded mix, in one store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from exporter.gate import Gate
+from exporter.graphs import OPSETS, Exported, GraphPlan, export_graph
+from exporter.merges.merge import SiteMerge, settled
+from exporter.model_facts import signature_shape
+from exporter.parts import Parts
+from exporter.sites import Site
+from exporter.spec import BuildSpec, CacheChoice, DType, OpChoice, VariantSpec
+from exporter.static import (
+    folded_weights,
+    mix_row,
+    mix_rows,
+    replaced_weights,
+    replacements_of,
+    rounded_weights,
+    touched_sites,
+    untied,
+)
+from exporter.store import WeightStore
+from exporter.variants import has_row_per_site, static_variants
+from plugins.operators import GATE_SCALINGS, GATED_LOW_RANK
+from runtime.manifest import Emit, GraphInfo, MergeInfo, MixInfo, Mode
+from runtime.signature import CacheStyle, signature_from_shape
+
+
+def export_graphs(
+    parts: Parts, spec: BuildSpec, dtype: DType, root: Path, twin: WeightStore | None = None
+) -> list[Exported]:
+    """All graphs of the build in one dtype, in one store; dynamic first, for static ones point into its weights.
+
+    `twin` is the store of the fp32 build that is being rounded.
+    """
+    root.mkdir(exist_ok=True)
+    store = WeightStore(root)
+    graphs = [export_dynamic(parts, spec, dtype, store)] if Mode.DYNAMIC in spec.modes else []
+    graphs += [export_static(parts, spec, variant, dtype, store, twin) for variant in static_variants(spec)]
+    return graphs
+
+
+def export_dynamic(parts: Parts, spec: BuildSpec, dtype: DType, store: WeightStore) -> Exported:
+    """The gated graph. G = number of sites with a layerwise gate or mixes by site, else 1."""
+    gate = parts.gate
+    scalings = len(parts.sites) if has_row_per_site(spec, parts.inputs.adapters) else 1
+    shape = signature_shape(
+        parts.model,
+        scalings,
+        len(parts.inputs.adapters.experts),
+        gate=gate is not None,
+        dtype=dtype,
+        cache=cache_style(spec),
+    )
+    plan = GraphPlan("dynamic", signature_from_shape(shape), spec.emit, parts.sites, gate, spec.site_op)
+    return Exported(
+        graph_info(plan, Mode.DYNAMIC, None, plugins_of(spec, gate)), export_graph(parts.model, plan, store), store
+    )
+
+
+def export_static(
+    parts: Parts, spec: BuildSpec, variant: VariantSpec, dtype: DType, store: WeightStore, twin: WeightStore | None
+) -> Exported:
+    """The plain base graph with the mix folded in; only the changed tensors are stored anew."""
+    model, name, experts = parts.model, variant.name, parts.inputs.adapters.experts
+    names = [expert.name for expert in experts]
+    rows, merge = mix_rows(variant.mix, names, [site.path for site in parts.sites]), settled(spec.merge)
+    shape = signature_shape(model, 0, 0, gate=False, dtype=dtype, cache=cache_style(spec))
+    sites = touched_sites(parts.sites, rows)
+    torch_dtype = getattr(torch, dtype.value)
+    measures: dict[str, SiteMerge] = {}
+    new = replacements_of(experts, mix_row(variant.mix.weights, names))
+    changed = folded_weights(model, sites, rows, name, merge, measures) | replaced_weights(model, new, name)
+    if twin:
+        changed = rounded_weights(twin, torch_dtype, name)
+    with untied(model, sites, [weight for weight in new if new[weight].rows is None]) as partners:
+        plan = GraphPlan(name, signature_from_shape(shape), spec.emit, changed=changed, partners=partners)
+        info = static_info(graph_info(plan, Mode.STATIC, None), variant.mix, merge)
+        return Exported(info, export_graph(model, plan, store), store, in_site_order(sites, measures))
+
+
+def in_site_order(sites: Sequence[Site], measures: Mapping[str, SiteMerge]) -> tuple[SiteMerge, ...]:
+    """The store writes by name."""
+    return tuple(measures[site.path] for site in sites if site.path in measures)
+
+
+def static_rows(parts: Parts, spec: BuildSpec) -> torch.Tensor:
+    """[sites, E]: the spec's mix."""
+    mix = spec.mix_info
+    assert mix is not None
+    return mix_rows(mix, [expert.name for expert in parts.inputs.adapters.experts], [site.path for site in parts.sites])
+
+
+def static_info(info: GraphInfo, mix: MixInfo, merge: MergeInfo) -> GraphInfo:
+    """The record of a static graph: which mix, and how it was merged."""
+    return info.model_copy(update={"mix": mix.weights, "mix_sites": mix.sites, "merge": merge})
+
+
+def cache_style(spec: BuildSpec) -> CacheStyle:
+    """How this build's graphs carry K/V."""
+    if spec.cache is CacheChoice.NONE:
+        return CacheStyle.NONE
+    return CacheStyle.ALIAS if spec.emit is Emit.MODERN else CacheStyle.APPEND
+
+
+def plugins_of(spec: BuildSpec, gate: Gate | None) -> tuple[str, ...]:
+    """The operators of ours that the dynamic graph will have."""
+    chosen = ((GATE_SCALINGS, spec.gate_op if gate else OpChoice.OPS), (GATED_LOW_RANK, spec.site_op))
+    return tuple(name for name, choice in chosen if choice is OpChoice.PLUGIN)
+
+
+def graph_info(plan: GraphPlan, mode: Mode, mix: dict[str, float] | None, plugins: tuple[str, ...] = ()) -> GraphInfo:
+    """The manifest's record of a graph."""
+    return GraphInfo(
+        name=plan.name,
+        mode=mode,
+        emit=plan.emit,
+        opset=OPSETS[plan.emit],
+        path=f"{plan.name}.onnx",
+        signature=plan.signature,
+        mix=mix,
+        plugins=plugins,
+    )

@@ -1,0 +1,117 @@
+"""What a build is made from, read and checked before any heavy work."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporter.adapters import AdapterSet, Expert
+from exporter.checkpoints import (
+    BaseDescription,
+    base_reference,
+    check_against_base,
+    check_half_range,
+    describe_base,
+    read_adapters,
+    require_free,
+)
+from exporter.errors import ExportError
+from exporter.merges.merge import settled
+from exporter.model_facts import refuse_untraceable, untying_notes
+from exporter.spec import BuildSpec, CacheChoice, DType
+from exporter.static import mix_rows
+from exporter.variants import check_variants, require_foldable, require_switchable, static_variants
+from exporter.verification import EXACT
+from runtime.manifest import AdapterKind, Emit, MergeMethod, MixInfo, Mode
+from runtime.mix import mix_note
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Everything read and checked before any heavy work."""
+
+    adapters: AdapterSet
+    base: BaseDescription
+    notes: tuple[str, ...]
+
+
+def read_inputs(spec: BuildSpec) -> Inputs:
+    """Read adapters and the base's description, and refuse whatever cannot be exported."""
+    check_spec(spec)
+    adapters = read_adapters(spec.adapters, spec.gate, topk_softmax=spec.topk_softmax, cache=spec.cache)
+    base = describe_base(base_reference(spec.base, adapters))
+    refuse_untraceable(base, spec.emit)
+    notes = check_against_base(adapters, base)
+    if spec.dtype is DType.FLOAT16:
+        check_half_range(adapters)
+    if Mode.DYNAMIC in spec.modes:
+        require_switchable(adapters.experts)
+    check_variants(spec, adapters)
+    touched = {path for expert in adapters.experts for path in expert.deltas}
+    mixed = check_mix(spec, adapters, touched)
+    touched |= {
+        name.rpartition(".")[0] for e in adapters.experts for name, new in e.replacements.items() if not new.rows
+    }
+    return Inputs(adapters, base, (*adapters.notes, *base.notes, *notes, *untying_notes(base, touched), *mixed))
+
+
+def check_mix(spec: BuildSpec, adapters: AdapterSet, touched: Collection[str]) -> tuple[str, ...]:
+    """Refuse a mix of strangers; returns what to say of an odd one."""
+    if spec.mix_info is not None:  # `check_variants` looks at the named ones
+        mix_rows(spec.mix_info, [expert.name for expert in adapters.experts], sorted(touched))
+        for weights in (spec.mix_info.weights, *spec.mix_info.sites.values()):
+            require_foldable(weights, adapters.experts)
+    folded = static_variants(spec)
+    for variant in folded:
+        require_mergeable(variant.mix, spec, adapters.experts)
+    mixes = [variant.mix for variant in (*folded, *spec.variants)]
+    notes = dict.fromkeys(mix_note(weights) for mix in mixes for weights in (mix.weights, *mix.sites.values()))
+    return tuple(note for note in notes if note)
+
+
+def require_mergeable(mix: MixInfo, spec: BuildSpec, experts: Sequence[Expert]) -> None:
+    """Refuse to merge, to save as a LoRA, or to weigh by module an expert that is more than low-rank updates."""
+    where = "--save-adapter" if spec.save_adapter else "--merge"
+    is_sum = settled(spec.merge).method in EXACT and not spec.save_adapter
+    used = {name for weights in (mix.weights, *mix.sites.values()) for name, weight in weights.items() if weight}
+    for expert in experts:
+        if expert.name in used and expert.replacements and mix.is_per_site:
+            got = f"it replaces {', '.join(expert.replacements)} of the base"
+            raise ExportError(f"{expert.name} cannot have weights by module", where="--mix", got=got, code="E_MIX")
+        if expert.name in used and not is_sum and (expert.kind is AdapterKind.DORA or expert.replacements):
+            is_dora = expert.kind is AdapterKind.DORA
+            what = "DoRA rescales whole weights" if is_dora else "it replaces weights of the base"
+            raise ExportError(f"{expert.name} is no plain sum of low-rank updates: {what}", where=where, code="E_MIX")
+
+
+def check_spec(spec: BuildSpec) -> None:
+    """Refuse settings that contradict each other."""
+    if not spec.adapters and spec.gate is None:
+        raise ExportError("no adapters given", where="--adapters", need="an X-LoRA folder, or NAME=DIR of LoRA folders")
+    if spec.threads is not None and spec.threads < 1:
+        raise ExportError("threads", where="--threads", got=str(spec.threads), need="at least 1")
+    if Mode.STATIC in spec.modes and not static_variants(spec):
+        raise ExportError("a static graph needs a mix", where="--mode static", fix="--mix math=0.7,code=0.3")
+    if Mode.STATIC not in spec.modes and spec.mix is not None:
+        raise ExportError(
+            "a mix is folded into static graphs only",
+            where="--mix",
+            got="--mode dynamic",
+            fix="add --mode static, or give --mix to `runtime generate`",
+        )
+    merge = settled(spec.merge)
+    if Mode.STATIC not in spec.modes and (merge.method is not MergeMethod.LINEAR or spec.save_adapter):
+        where = "--save-adapter" if spec.save_adapter else "--merge"
+        raise ExportError("only static graphs have merged experts", where=where, fix="add --mode static and --mix")
+    if spec.save_adapter is not None:
+        require_free(spec.save_adapter, overwrite=spec.overwrite)
+    if spec.emit is Emit.MODERN and spec.cache is CacheChoice.NONE:
+        raise ExportError("the modern emit always has a K/V cache", where="--cache none", fix="--emit portable")
+
+
+def default_out(spec: BuildSpec, inputs: Inputs) -> Path:
+    """./NAME-MODE, named after the X-LoRA folder or the base."""
+    gated = spec.gate or (spec.adapters[0].path if inputs.adapters.gate else None)
+    name = gated.resolve().name if gated else inputs.base.name.rsplit("/", 1)[-1]
+    return Path(f"{name}-{'-'.join(mode.value for mode in spec.modes)}")

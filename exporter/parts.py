@@ -1,0 +1,65 @@
+"""The loaded model, its sites and its gate: what every graph is made from and measured with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from exporter.checkpoints import load_base
+from exporter.gate import Gate, PluginGate
+from exporter.graphs import parameter_count
+from exporter.inputs import Inputs
+from exporter.model_facts import base_info, module_kinds
+from exporter.reference import Reference
+from exporter.sites import Site, SiteKind, stack
+from exporter.spec import BuildSpec, OpChoice
+from exporter.verification import Verification
+from runtime.manifest import VerifyLevel
+from runtime.text import Text
+
+FULL_UP_TO = 300_000_000  # parameters; above, `quick` is the default and weights stay mapped in verification
+GATES: dict[OpChoice, type[Gate]] = {OpChoice.OPS: Gate, OpChoice.PLUGIN: PluginGate}
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The loaded model and what its graphs are made from."""
+
+    inputs: Inputs
+    model: Any  # transformers.PreTrainedModel
+    kinds: Sequence[tuple[str, SiteKind]]
+    sites: tuple[Site, ...]
+    gate: Gate | None
+
+
+def load_parts(inputs: Inputs, gate_op: OpChoice = OpChoice.OPS) -> Parts:
+    """The base in fp32, the sites and the gate."""
+    model = load_base(inputs.base, torch.float32)
+    kinds = module_kinds(inputs.base, model)
+    gate = inputs.adapters.gate
+    return Parts(
+        inputs,
+        model,
+        kinds,
+        stack(inputs.adapters, kinds, model),
+        None if gate is None else GATES[gate_op](gate, len(inputs.adapters.experts)),
+    )
+
+
+def make_verification(parts: Parts, spec: BuildSpec, tokenizer: Text | None) -> Verification:
+    """The measures for this model, at the level asked for or the default for its size."""
+    size = parameter_count(parts.model)
+    info = base_info(parts.inputs.base, parts.model, spec.dtype)
+    return Verification(
+        reference=Reference(parts.model, parts.inputs.adapters, parts.kinds),
+        adapters=parts.inputs.adapters,
+        level=spec.verify or (VerifyLevel.FULL if size <= FULL_UP_TO else VerifyLevel.QUICK),
+        spec=spec,
+        tokenizer=tokenizer,
+        vocab_size=info.vocab_size,
+        max_positions=info.max_positions,
+        is_large=size > FULL_UP_TO,
+    )
