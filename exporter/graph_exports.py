@@ -16,7 +16,6 @@ from exporter.sites import Site
 from exporter.spec import BuildSpec, CacheChoice, DType, OpChoice, VariantSpec
 from exporter.static import (
     folded_weights,
-    mix_row,
     mix_rows,
     replaced_weights,
     replacements_of,
@@ -74,7 +73,7 @@ def export_static(
     sites = touched_sites(parts.sites, rows)
     torch_dtype = getattr(torch, dtype.value)
     measures: dict[str, SiteMerge] = {}
-    new = replacements_of(experts, mix_row(variant.mix.weights, names))
+    new = replacements_of(experts, variant.mix.weights)
     changed = folded_weights(model, sites, rows, name, merge, measures) | replaced_weights(model, new, name)
     if twin:
         changed = rounded_weights(twin, torch_dtype, name)

@@ -11,41 +11,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from exporter.adapters import Expert, Replacement
-from exporter.errors import ExportError
 from exporter.merges.merge import SiteMerge, measured, merged
 from exporter.merges.update import Update, dense
 from exporter.sites import Site, SiteKind, is_transposed
 from exporter.store import Weight, WeightStore
 from runtime.manifest import MergeInfo, MixInfo
-
-
-def mix_row(mix: Mapping[str, float], experts: Sequence[str]) -> torch.Tensor:
-    """The mix as scalings [E]; experts it does not name get 0."""
-    if unknown := sorted(set(mix) - set(experts)):
-        raise ExportError(
-            "the mix names experts that do not exist",
-            where="--mix",
-            got=", ".join(unknown),
-            need=f"some of {', '.join(experts)}",
-        )
-    row = torch.tensor([float(mix.get(name, 0.0)) for name in experts])
-    if not torch.isfinite(row).all():
-        raise ExportError("the mix has a weight that is not finite", where="--mix", got=str(dict(mix)))
-    return row
+from runtime.mix_file import scalings_from_file
 
 
 def mix_rows(mix: MixInfo, experts: Sequence[str], sites: Sequence[str]) -> torch.Tensor:
-    """[sites, E]: the mix's row of every site, in the order of `sites`."""
-    everywhere = mix_row(mix.weights, experts)
-    if unknown := sorted(set(mix.sites) - set(sites)):
-        raise ExportError(
-            "the mix has weights for modules that no expert adapts",
-            where="--mix",
-            got=", ".join(unknown[:5]),
-            need=f"some of the {len(sites)} adapted modules, such as {', '.join(list(sites)[:3])}",
-        )
-    rows = {path: mix_row(weights, experts) for path, weights in mix.sites.items()}
-    return torch.stack([rows.get(path, everywhere) for path in sites]) if sites else everywhere[None]
+    """[sites, E]: the mix's row of every site, in the order of `sites`. Raises InputError for strangers."""
+    return torch.from_numpy(scalings_from_file(mix, experts, sites)).expand(max(len(sites), 1), -1)
 
 
 def folded_weight(base: torch.Tensor, site: Site, update: Update, row: torch.Tensor) -> torch.Tensor:
@@ -100,9 +76,9 @@ def touched_sites(sites: Iterable[Site], rows: torch.Tensor) -> list[Site]:
     return [site for site in sites if (row_of(rows, site) @ site.weights).any()]
 
 
-def replacements_of(experts: Sequence[Expert], row: torch.Tensor) -> dict[str, Replacement]:
+def replacements_of(experts: Sequence[Expert], mix: Mapping[str, float]) -> dict[str, Replacement]:
     """The weights of the base that the mix's only expert replaces, by parameter name."""
-    used = [expert for expert, weight in zip(experts, row, strict=True) if weight]
+    used = [expert for expert in experts if mix.get(expert.name)]
     return {name: new for expert in used for name, new in expert.replacements.items()}
 
 

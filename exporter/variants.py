@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from exporter import strict_yaml
 from exporter.adapters import AdapterSet, Expert
 from exporter.errors import ExportError
 from exporter.spec import BuildSpec, ScalingsChoice, VariantSpec
@@ -18,7 +19,8 @@ from runtime.mix import BASE, require_unmixed
 from runtime.mix_file import mix_from_word, scalings_from_file
 
 XLORA, STATIC, DYNAMIC = "xlora", "static", "dynamic"  # the gate's variant; names of graphs
-MAX_BYTES = 16 << 20
+MAX_BYTES = 1 << 20
+YAML = (".yaml", ".yml")  # any other file is JSON
 
 
 class _NamedMix(MixInfo):
@@ -33,7 +35,7 @@ class VariantsFile(Strict):
 
 
 def variants_from_words(words: Sequence[str]) -> tuple[VariantSpec, ...]:
-    """Read NAME:MIX and NAME:static:MIX, where MIX is what `--mix` takes, and FILE.json with any number of them."""
+    """Read NAME:MIX and NAME:static:MIX, where MIX is what `--mix` takes, and FILE with any number of them."""
     return tuple(variant for word in words for variant in _variants_from_word(word))
 
 
@@ -49,7 +51,8 @@ def _variants_from_word(word: str) -> Iterator[VariantSpec]:
 def read_variants(path: Path) -> Iterator[VariantSpec]:
     """The variants of a file, strictly."""
     try:
-        file = VariantsFile.model_validate(strict_json.parse(path.read_bytes(), max_bytes=MAX_BYTES))
+        parse = strict_yaml.parse if path.suffix in YAML else strict_json.parse
+        file = VariantsFile.model_validate(parse(path.read_bytes(), max_bytes=MAX_BYTES))
     except OSError as error:
         raise ExportError("cannot read the variants", where=str(path), got=error.strerror or str(error)) from error
     except ValueError as error:

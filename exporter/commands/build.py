@@ -40,8 +40,9 @@ def add_options(commands: Commands) -> None:
         "--variants",
         nargs="+",
         default=[],
-        metavar="NAME:[static:]MIX|FILE.json",
-        help="named mixes: rows of the dynamic graph, or static graphs of their own; MIX as for --mix, or a mix file",
+        metavar="NAME:[static:]MIX|FILE",
+        help="named mixes: rows of the dynamic graph, or static graphs of their own; MIX as for --mix; FILE (JSON or "
+        "YAML) names many",
     )
     add(
         "--scalings",

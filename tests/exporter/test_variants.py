@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from exporter.build_bundle import build
 from exporter.cli import main
@@ -257,6 +258,30 @@ def test_bad_files_are_refused(
     assert message in refusal(checkpoint, "--variants", tmp_path / "v.json", capsys=capsys)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("variants: [", "is no file of variants; got is not YAML"),
+        ("variants: {a: {weights: {math: 1.0}}, a: {}}", "has the key 'a' twice"),
+        ("variants:\n  a: &w {weights: {math: 1.0}}\n  b: *w", "holds an alias"),
+        ("variants: {a: {<<: {static: true}}}", "is not YAML: could not determine a constructor"),
+        ("variants: {a: !!python/object/apply:os.getcwd []}", "is not YAML: could not determine a constructor"),
+        ("variants: {a: {weights: {math: .nan}}}", "should be a finite number"),
+        ("variants: {a: {weights: {math: 1e-3}}}", "should be a valid number"),  # YAML 1.1 wants 1.0e-3
+        ("variants: {a: {static: 1}}", "should be a valid boolean"),
+        ("variants: {2: {}}", "should be a valid string"),
+        ("a: 1\n---\nb: 2", "is not YAML: expected a single document"),
+        ("variants: " + 2000 * "[", "nested too deeply"),
+        ("#" + (1 << 20) * "x", "has more than 1048576 bytes"),
+    ],
+)
+def test_bad_yaml_is_refused(
+    checkpoint: Checkpoint, text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "v.yaml").write_text(text)
+    assert message in refusal(checkpoint, "--variants", tmp_path / "v.yaml", capsys=capsys)
+
+
 def test_words_and_files_say_the_same(tmp_path: Path) -> None:
     from exporter.variants import variants_from_words
 
@@ -265,7 +290,9 @@ def test_words_and_files_say_the_same(tmp_path: Path) -> None:
     (tmp_path / "v.json").write_text(json.dumps(file))
     (tmp_path / "local.json").write_text(json.dumps({"weights": COOL, "sites": LOCAL}))
     words = ["warm:math=0.7,prose=0.3", f"local:{tmp_path / 'local.json'}", "solo:static:math=1"]
+    (tmp_path / "v.yml").write_text(yaml.safe_dump(file, sort_keys=False))
     assert variants_from_words(words) == variants_from_words([str(tmp_path / "v.json")]) == variants()[:3]
+    assert variants_from_words([str(tmp_path / "v.yml")]) == variants()[:3]
 
 
 def test_a_mix_by_site_needs_a_row_a_site(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
