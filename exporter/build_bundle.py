@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
+from exporter.checkpoints import staged_lora
 from exporter.describe import describe
 from exporter.external_data import check_external_data
 from exporter.graph_exports import export_graphs, static_rows
 from exporter.graphs import Exported
-from exporter.inputs import Inputs, default_out, read_inputs
+from exporter.inputs import Inputs, default_out, read_inputs, require_apart
 from exporter.merges.merge import as_log, in_total, settled
 from exporter.op_lint import STATUS, lint, require_lintable
 from exporter.parts import Parts, load_parts, make_verification
@@ -44,7 +46,11 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
         for note in inputs.notes:
             clock.notes(note)
         out = spec.out or default_out(spec, inputs)
-        with stage(out, overwrite=spec.overwrite, estimate_bytes=estimate_bytes(spec, inputs)) as staged:
+        require_apart(spec, inputs, out)
+        with ExitStack() as stages:
+            adapter = stages.enter_context(staged_lora(spec.save_adapter)) if spec.save_adapter else None
+            estimate = estimate_bytes(spec, inputs)
+            staged = stages.enter_context(stage(out, overwrite=spec.overwrite, estimate_bytes=estimate))
             root = staged.folder
             tokenizer = write_tokenizer(inputs.base, root)
             with clock.stage("load base"):
@@ -59,12 +65,10 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
                 reports, golden = verify_graphs(parts, spec, proofs, proof_root, root)
             for note in idle_adapter_notes(reports, proofs):
                 clock.notes(note)
-            if spec.save_adapter is not None:
+            if adapter is not None and spec.save_adapter is not None:
                 with clock.stage("save adapter"):
-                    merge = settled(spec.merge)
-                    notes = save_adapter(
-                        inputs.adapters, parts.sites, static_rows(parts, spec), merge, spec.save_adapter
-                    )
+                    rows, merge = static_rows(parts, spec), settled(spec.merge)
+                    notes = save_adapter(inputs.adapters, parts.sites, rows, merge, adapter, spec.save_adapter)
                 for note in notes:
                     clock.notes(note)
             graphs = proofs

@@ -21,7 +21,7 @@ from exporter.merges.merge import settled
 from exporter.model_facts import refuse_untraceable, untying_notes
 from exporter.spec import BuildSpec, CacheChoice, DType
 from exporter.static import mix_rows
-from exporter.variants import check_variants, require_foldable, require_switchable, static_variants
+from exporter.variants import check_variants, require_foldable, require_switchable, row_variants, static_variants
 from exporter.verification import EXACT
 from runtime.manifest import AdapterKind, Emit, MergeMethod, MixInfo, Mode
 from runtime.mix import mix_note
@@ -44,7 +44,7 @@ def read_inputs(spec: BuildSpec) -> Inputs:
     refuse_untraceable(base, spec.emit)
     notes = check_against_base(adapters, base)
     if spec.dtype is DType.FLOAT16:
-        check_half_range(adapters)
+        check_half_range(adapters, largest_weights(spec))
     if Mode.DYNAMIC in spec.modes:
         require_switchable(adapters.experts)
     check_variants(spec, adapters)
@@ -54,6 +54,13 @@ def read_inputs(spec: BuildSpec) -> Inputs:
         name.rpartition(".")[0] for e in adapters.experts for name, new in e.replacements.items() if not new.rows
     }
     return Inputs(adapters, base, (*adapters.notes, *base.notes, *notes, *untying_notes(base, touched), *mixed))
+
+
+def largest_weights(spec: BuildSpec) -> dict[str, float]:
+    """Expert -> the largest |weight| that a named mix of the dynamic graph gives it."""
+    mixes = [variant.mix for variant in row_variants(spec)]
+    pairs = [pair for mix in mixes for weights in (mix.weights, *mix.sites.values()) for pair in weights.items()]
+    return {name: max(abs(weight) for other, weight in pairs if other == name) for name, _ in pairs}
 
 
 def check_mix(spec: BuildSpec, adapters: AdapterSet, touched: Collection[str]) -> tuple[str, ...]:
@@ -100,14 +107,29 @@ def check_spec(spec: BuildSpec) -> None:
             got="--mode dynamic",
             fix="add --mode static, or give --mix to `runtime generate`",
         )
-    merge = settled(spec.merge)
-    if Mode.STATIC not in spec.modes and (merge.method is not MergeMethod.LINEAR or spec.save_adapter):
-        where = "--save-adapter" if spec.save_adapter else "--merge"
-        raise ExportError("only static graphs have merged experts", where=where, fix="add --mode static and --mix")
+    if settled(spec.merge).method is not MergeMethod.LINEAR and not static_variants(spec):
+        raise ExportError("only static graphs have merged experts", where="--merge", fix="add --mode static and --mix")
     if spec.save_adapter is not None:
+        if spec.mix is None:
+            raise ExportError("what is saved is the mix", where="--save-adapter", fix="add --mode static and --mix")
         require_free(spec.save_adapter, overwrite=spec.overwrite)
+    if spec.scalings is not None and Mode.DYNAMIC not in spec.modes:
+        raise ExportError("only the dynamic graph takes scalings", where="--scalings", fix="add --mode dynamic")
     if spec.emit is Emit.MODERN and spec.cache is CacheChoice.NONE:
         raise ExportError("the modern emit always has a K/V cache", where="--cache none", fix="--emit portable")
+
+
+def require_apart(spec: BuildSpec, inputs: Inputs, out: Path) -> None:
+    """Refuse to save the adapter where the bundle or a source lies."""
+    if spec.save_adapter is None:
+        return
+    target, bundle = spec.save_adapter.resolve(), out.resolve()
+    sources = {origin.folder for origin in inputs.adapters.origins} | {path.parent for path in inputs.base.files}
+    is_source = any(target in (source, *source.parents) for source in (path.resolve() for path in sources))
+    if is_source or target in (bundle, *bundle.parents) or bundle in target.parents:
+        what = "a source of this build" if is_source else "the bundle"
+        fix = "choose another --save-adapter"
+        raise ExportError(f"is where {what} lies", where="--save-adapter", got=str(spec.save_adapter), fix=fix)
 
 
 def default_out(spec: BuildSpec, inputs: Inputs) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from exporter.adapters import Expert
 from exporter.dynamic import replaced
 from exporter.errors import ExportError
 from exporter.inputs import read_inputs
@@ -17,7 +18,7 @@ from exporter.mixture import Mixture, blocks_of, mixed_modules
 from exporter.model_facts import base_info, eos_token_ids
 from exporter.parts import Parts, load_parts
 from exporter.sites import Site
-from exporter.spec import BuildSpec, DType, LearnSpec, Per
+from exporter.spec import BuildSpec, CacheChoice, DType, LearnSpec, Per
 from exporter.static import mix_rows
 from exporter.tokenizer import base_tokenizer
 from exporter.training_texts import TrainingText, read_texts
@@ -46,9 +47,9 @@ def learn_mix(spec: LearnSpec, clock: StageClock | None = None) -> Learned:
     clock = clock or StageClock()
     check_spec(spec)
     with clock.stage("read and check"):
-        inputs = read_inputs(BuildSpec(spec.adapters, spec.base, spec.gate))
-        experts = inputs.adapters.experts
-        require_foldable(dict.fromkeys((expert.name for expert in experts), 1.0), experts, "--adapters")
+        # No cache, for a gate that needs the whole sequence is not used here; static, for nothing is switched.
+        inputs = read_inputs(BuildSpec(spec.adapters, spec.base, spec.gate, modes=(), cache=CacheChoice.NONE))
+        require_learnable(inputs.adapters.experts)
         first = None if spec.init is None else read_mix(spec.init)
     for note in inputs.notes:
         clock.notes(note)
@@ -59,6 +60,15 @@ def learn_mix(spec: LearnSpec, clock: StageClock | None = None) -> Learned:
     with clock.stage("learn"), replaced(parts.model, mixed_modules(parts.model, parts.sites, mixture)):
         losses = fit(parts.model, mixture, (train, held), spec, clock)
     return learned(mixture, parts, spec, losses)
+
+
+def require_learnable(experts: Sequence[Expert]) -> None:
+    """Refuse experts without a weight between them that could be learned."""
+    if len(experts) < 2:
+        need = "at least 2 experts"
+        raise ExportError("one expert has nothing to be weighed against", where="--adapters", need=need, code="E_MIX")
+    for expert in experts:
+        require_foldable({expert.name: 0.5}, experts, "--adapters")
 
 
 def check_spec(spec: LearnSpec) -> None:

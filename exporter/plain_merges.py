@@ -7,8 +7,10 @@ they are part of what is asked for. Whatever a method gives is dense here.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 
 from exporter.adapters import AdapterSet, LoraDelta
@@ -23,11 +25,22 @@ def plain_merge(adapters: AdapterSet, weights: Mapping[str, float], path: str, m
     """The merged delta [out, in] of the module at `path`, fp32; None where the mix uses no expert that adapts it."""
     factor = adapters.gate.global_scaling_weight if adapters.gate else 1.0
     used = {
-        expert.name: LoraDelta(delta.a.double(), delta.b.double(), weights[expert.name] * factor * delta.scale)
+        expert.name: LoraDelta(
+            delta.a.double(), delta.b.double(), _rounded(weights[expert.name]) * _rounded(factor * delta.scale)
+        )
         for expert in adapters.experts
         if weights.get(expert.name) and (delta := expert.deltas.get(path))
     }
     return METHODS[merge.method](used, path, merge).float() if used else None
+
+
+def mapped(delta: torch.Tensor | None) -> torch.Tensor | None:
+    """The same numbers in a nameless temporary file: those of all modules together are as large as the model."""
+    if delta is None:
+        return None
+    with tempfile.TemporaryFile() as file:
+        delta.contiguous().numpy().tofile(file)
+        return torch.from_numpy(np.memmap(file, np.float32, "c", shape=tuple(delta.shape)))
 
 
 def _sum(used: Used, path: str, merge: MergeInfo) -> torch.Tensor:
@@ -49,7 +62,7 @@ def _rank_select(used: Used, path: str, merge: MergeInfo) -> torch.Tensor:
         for i, value in enumerate(values)
     ]
     assert merge.keep is not None
-    terms = sum(delta.a.shape[0] for delta in used.values())
+    terms = sum(min(*delta.a.shape, len(delta.b)) for delta in used.values())
     strongest = sorted(pool, reverse=True)[: math.ceil(merge.keep * terms)]
     result = torch.zeros_like(_sum(used, path, merge))
     for (name, (_, left)), delta in zip(found.items(), _deltas(used), strict=True):
@@ -125,7 +138,13 @@ def _thinned(used: Used, path: str, merge: MergeInfo) -> list[torch.Tensor]:
 
 
 def _elected(deltas: torch.Tensor) -> torch.Tensor:
-    """deltas [experts, out, in]: positives and negatives apart, the mean of the heavier side."""
+    """deltas [experts, out, in]: positives and negatives apart, the mean of the heavier side, 0 where none is."""
     above, below = deltas.clamp_min(0), deltas.clamp_max(0)
     positive, negative = (side.sum(0) / (side != 0).sum(0).clamp_min(1) for side in (above, below))
-    return torch.where(above.sum(0) > -below.sum(0), positive, negative)
+    vote = deltas.sum(0)
+    return torch.where(vote > 0, positive, torch.where(vote < 0, negative, 0.0))
+
+
+def _rounded(factor: float) -> float:
+    """What the graphs hold of it, as float32: part of what is asked for, for it decides votes that nearly cancel."""
+    return torch.tensor(factor, dtype=torch.float32).item()

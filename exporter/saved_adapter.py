@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from exporter.adapters import AdapterSet, LoraDelta
-from exporter.checkpoints import save_lora, shared_base_name
+from exporter.checkpoints import shared_base_name, write_lora
 from exporter.errors import ExportError
 from exporter.merges.merge import merged
 from exporter.merges.update import factored
@@ -18,9 +18,9 @@ from runtime.manifest import MergeInfo
 
 
 def save_adapter(
-    adapters: AdapterSet, sites: Sequence[Site], rows: torch.Tensor, merge: MergeInfo, folder: Path
+    adapters: AdapterSet, sites: Sequence[Site], rows: torch.Tensor, merge: MergeInfo, folder: Path, final: Path
 ) -> tuple[str, ...]:
-    """Merge again, module by module, and write the folder; returns what to say of dense updates."""
+    """Merge again, module by module, and fill the empty `folder`, which will lie at `final`; returns what to say."""
     touched = touched_sites(sites, rows)
     if not touched:
         raise ExportError("the mix changes no module: there is no adapter", where="--save-adapter", fix="another --mix")
@@ -32,12 +32,12 @@ def save_adapter(
         deltas[site.path] = LoraDelta(factors.a.float(), factors.b.float(), 1.0)
         if isinstance(update, torch.Tensor):
             full.append(factors.rank)
-    save_lora(
+    write_lora(
         folder,
         deltas,
         embeddings={site.path for site in touched if site.kind is SiteKind.EMBEDDING},
         fan_in_fan_out=any(site.kind is SiteKind.CONV1D for site in touched),
-        base_name=shared_base_name(adapters, folder),
+        base_name=shared_base_name(adapters, final),
     )
     if not full:
         return ()

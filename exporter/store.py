@@ -97,9 +97,11 @@ class WeightStore:
                 _write_tensor(out.write, weight)
 
     def _fresh(self, file: str) -> Path:
+        """A name that no file has, letter case aside."""
+        folder = self.root / FOLDER
+        taken = {path.stem.casefold() for path in folder.iterdir()} if folder.is_dir() else set()
         names = (file if n == 1 else f"{file}-{n}" for n in count(1))
-        paths = (self.root / FOLDER / f"{name}.safetensors" for name in names)
-        return next(path for path in paths if not path.exists())
+        return folder / f"{next(name for name in names if name.casefold() not in taken)}.safetensors"
 
     def read(self, name: str) -> torch.Tensor:
         """A stored tensor, in memory."""

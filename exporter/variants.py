@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 from pydantic import Field
 
@@ -30,7 +30,7 @@ class _NamedMix(MixInfo):
 class VariantsFile(Strict):
     """What a file given to `--variants` holds."""
 
-    format_version: Literal[1] = 1
+    format_version: Annotated[int, Field(ge=1, le=1)] = 1
     variants: dict[str, _NamedMix] = Field(min_length=1)
 
 
@@ -40,7 +40,7 @@ def variants_from_words(words: Sequence[str]) -> tuple[VariantSpec, ...]:
 
 
 def _variants_from_word(word: str) -> Iterator[VariantSpec]:
-    if ":" not in word:
+    if ":" not in word or Path(word).is_file():
         yield from read_variants(Path(word))
         return
     name, _, rest = word.partition(":")

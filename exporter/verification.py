@@ -11,7 +11,7 @@ import onnx
 
 from exporter.adapters import AdapterSet
 from exporter.gate import scaling_pass_row
-from exporter.plain_merges import plain_merge
+from exporter.plain_merges import mapped, plain_merge
 from exporter.prompts import encode_prompts
 from exporter.reference import Reference, ReferenceResult
 from exporter.spec import BuildSpec
@@ -134,8 +134,8 @@ class Verification:
             rows = [[weights[path].get(name, 0.0) for name in names] for path in paths]
             run = lambda reference, ids: reference.constant(rows, ids)  # noqa: E731
         else:
-            plain = {path: plain_merge(self.adapters, weights[path], path, merge) for path in paths}
-            deltas = {path: delta for path, delta in plain.items() if delta is not None}
+            plain = ((path, mapped(plain_merge(self.adapters, weights[path], path, merge))) for path in paths)
+            deltas = {path: delta for path, delta in plain if delta is not None}
             run = lambda reference, ids: reference.merged(deltas, ids)  # noqa: E731
         return Scenario("mix", None, False, False, lambda ids: run(self.reference, ids), self._base, self._precise(run))
 

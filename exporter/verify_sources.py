@@ -51,11 +51,10 @@ def spec_from_manifest(manifest: Manifest, sources: BuildSpec) -> BuildSpec:
         if graph.mix is not None
     }
     merges = [graph.merge for graph in manifest.graphs if graph.merge is not None]
-    modes = (Mode.DYNAMIC, *([Mode.STATIC] if STATIC in folded else []))
     dynamic = next((graph for graph in manifest.graphs if graph.mode is Mode.DYNAMIC), None)
     return replace(
         sources,
-        modes=modes if dynamic else modes[1:],
+        modes=tuple(dict.fromkeys(graph.mode for graph in manifest.graphs)),
         mix=folded.pop(STATIC, None),
         merge=merges[0] if merges else MergeInfo(),
         variants=(

@@ -106,13 +106,14 @@ def inspect(args: argparse.Namespace) -> int:
 
 def compare(args: argparse.Namespace) -> int:
     """Print every measure; 2 unless all pass."""
+    from runtime.bundle import open_bundle
     from runtime.compare import compare as compare_session
     from runtime.compare import render
     from runtime.model import load
-    from runtime.recording import load_recording, require_same_model
+    from runtime.recording import graph_for, load_recording, require_same_model
 
     recording = load_recording(args.recording)
-    graph = args.graph or recording.header.mode
+    graph = args.graph or graph_for(recording, open_bundle(args.bundle, check_digests=False).manifest)
     with load(args.bundle, backend=args.backend, graph=graph, provider=args.provider, threads=args.threads) as model:
         require_same_model(recording, model.manifest, model.graph)
         print(f"graph {model.graph.name} ({model.graph.emit}, {model.manifest.base.dtype}) on {model.session.provider}")

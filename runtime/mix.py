@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from runtime.errors import InputError, raise_all
 
 LARGE_WEIGHT = 5.0  # larger factors are hardly ever meant
+MAX_WEIGHT = 1000.0  # beyond, sums leave the range of a dtype somewhere on their way
 BASE = "base"  # the mix with no expert in it
 
 
@@ -62,8 +63,8 @@ def mix_problems(mix: Mapping[str, float], experts: Sequence[str]) -> Iterator[I
         if name not in experts:
             yield _problem(f"no expert {name!r}", f"one of: {have}")
     for name, weight in mix.items():
-        if not abs(weight) <= float(np.finfo(np.float32).max):  # NaN is not either
-            yield _problem(f"the weight of {name} is {weight}", "a finite number")
+        if not isinstance(weight, int | float) or not abs(weight) <= MAX_WEIGHT:  # NaN is not either
+            yield _problem(f"the weight of {name} is {weight!r}", f"a number, at most {MAX_WEIGHT:g} in size")
 
 
 def mix_note(mix: Mapping[str, float]) -> str | None:

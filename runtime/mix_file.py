@@ -5,24 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from runtime import strict_json
 from runtime.errors import InputError, raise_all
 from runtime.manifest import MixInfo
 from runtime.mix import mix_from_text, scalings_from_mix
 
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION = 1
 MAX_BYTES = 16 << 20
 
 
 class MixFile(MixInfo):
     """A mix and the version of its format."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)] = FORMAT_VERSION  # 1.0 and true are not
 
 
 def mix_from_word(word: str) -> MixInfo:

@@ -140,6 +140,17 @@ def require_same_model(recording: Recording, manifest: Manifest, graph: GraphInf
         )
 
 
+def graph_for(recording: Recording, manifest: Manifest) -> str:
+    """The name of the graph that was recorded; where none fits, any of its mode, to say what differs."""
+    names = [graph.name for graph in manifest.graphs if graph.mode is recording.header.mode]
+    fitting = [
+        graph.name
+        for graph in manifest.graphs
+        if all(getattr(recording.header, name) == fact for name, fact in facts_of(manifest, graph).items())
+    ]
+    return next(iter([*fitting, *names]), str(recording.header.mode))
+
+
 def facts_of(manifest: Manifest, graph: GraphInfo) -> dict[str, Any]:
     """What must be equal in a recording and in a graph that is compared with it, by the header's fields."""
     scalings = graph.signature.input(SCALINGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from exporter.adapters import AdapterSet, LoraDelta
@@ -23,13 +24,17 @@ def largest_update(delta: LoraDelta, above: float = 0.0) -> float:
     return abs(delta.scale) * float(max(parts))
 
 
-def check_half_range(adapters: AdapterSet) -> None:
-    """Refuse an fp16 build when an update, or a stored factor, leaves the range of float16; all modules at once."""
+def check_half_range(adapters: AdapterSet, weights: Mapping[str, float] | None = None) -> None:
+    """Refuse an fp16 build when an update, or a stored factor, leaves the range of float16; all modules at once.
+
+    `weights`: the largest that a mix gives an expert, where that is more than 1.
+    """
     problems: list[InputError] = []
     everywhere = adapters.gate.global_scaling_weight if adapters.gate else 1.0
     for expert in adapters.experts:
         for path, plain in expert.deltas.items():
-            delta = replace(plain, scale=plain.scale * everywhere)
+            weight = max((weights or {}).get(expert.name, 1.0), 1.0)
+            delta = replace(plain, scale=plain.scale * everywhere * weight)
             scale = abs(delta.scale)  # multiplies the scalings, in float16 too
             factor = max(float(delta.a.abs().max()), float(delta.b.abs().max()) * max(1.0, scale), scale)
             largest = max(factor, largest_update(delta, above=MAX_HALF))

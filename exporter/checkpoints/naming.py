@@ -43,10 +43,11 @@ def bind_plain(sources: Sequence[AdapterSource]) -> tuple[list[Binding], list[st
             problems.append(
                 ExportError("KEY:NAME=DIR needs a gate whose keys it can name", got=shown(source.key), code="E_NAME")
             )
-    given = _given_names(sources, problems)
+    _check_given_names(sources, problems)
     raise_all("--adapters", problems)
     wanted = [source.name or _basename(str(source.path)) for source in sources]
-    names, notes = _unique_names(wanted, given, [f"expert-{column}" for column in range(len(sources))])
+    are_given = [source.name is not None and not source.name.isdecimal() for source in sources]
+    names, notes = _unique_names(wanted, are_given, [f"expert-{column}" for column in range(len(sources))])
     bindings = [Binding(name, name, source.path) for name, source in zip(names, sources, strict=True)]
     return bindings, notes
 
@@ -54,7 +55,7 @@ def bind_plain(sources: Sequence[AdapterSource]) -> tuple[list[Binding], list[st
 def bind_gate(gate: GateFolder, sources: Sequence[AdapterSource]) -> tuple[list[Binding], list[str]]:
     """Bindings of a gate's columns: stored folders, replaced and named by `sources` where they say so."""
     problems: list[InputError] = []
-    given = _given_names(sources, problems)
+    _check_given_names(sources, problems)
     moved: dict[str, AdapterSource] = {}
     for source in sources:
         with gathering(problems):
@@ -65,7 +66,8 @@ def bind_gate(gate: GateFolder, sources: Sequence[AdapterSource]) -> tuple[list[
     raise_all(shown_path(gate.folder), problems)
     wanted = [_wanted_name(key, gate, moved.get(key)) for key in gate.stored]
     fallbacks = [f"expert-{column}" for column in range(len(wanted))]
-    names, notes = _unique_names(wanted, given & set(wanted), fallbacks)
+    are_given = [key in moved and moved[key].name == name for key, name in zip(gate.stored, wanted, strict=True)]
+    names, notes = _unique_names(wanted, are_given, fallbacks)
     bindings = []
     for key, name in zip(gate.stored, names, strict=True):
         with gathering(problems):
@@ -136,9 +138,9 @@ def _unclear(what: str, source: AdapterSource, gate: GateFolder) -> ExportError:
     )  # fmt: skip
 
 
-def _given_names(sources: Iterable[AdapterSource], problems: list[InputError]) -> set[str]:
-    """The names the user chose; bad or equal ones are problems. Letter case does not tell files apart everywhere."""
-    given: dict[str, str] = {}
+def _check_given_names(sources: Iterable[AdapterSource], problems: list[InputError]) -> None:
+    """Of the names the user chose, bad or equal ones are problems. Letter case does not tell files apart everywhere."""
+    given: set[str] = set()
     for source in (source for source in sources if source.name is not None):
         name = str(source.name)
         if source.key is None and name.isdecimal():
@@ -148,8 +150,7 @@ def _given_names(sources: Iterable[AdapterSource], problems: list[InputError]) -
             problems.append(ExportError("an expert cannot be called so", got=shown(name), need=need, code="E_NAME"))
         elif name.casefold() in given:
             problems.append(ExportError("two experts have one name", got=shown(name), code="E_NAME"))
-        given.setdefault(name.casefold(), name)
-    return set(given.values())
+        given.add(name.casefold())
 
 
 def _wanted_name(key: str, gate: GateFolder, source: AdapterSource | None) -> str:
@@ -160,12 +161,14 @@ def _wanted_name(key: str, gate: GateFolder, source: AdapterSource | None) -> st
     return stored if source.key is None and source.name == key else source.name
 
 
-def _unique_names(wanted: Sequence[str], given: set[str], fallbacks: Sequence[str]) -> tuple[list[str], list[str]]:
+def _unique_names(
+    wanted: Sequence[str], are_given: Sequence[bool], fallbacks: Sequence[str]
+) -> tuple[list[str], list[str]]:
     """Valid, distinct names: given ones stay, the others are mended and numbered; a note for each change."""
-    taken = {name.casefold() for name in given} | {BASE}
+    taken = {name.casefold() for name, is_given in zip(wanted, are_given, strict=True) if is_given} | {BASE}
     names, notes = [], []
-    for text, fallback in zip(wanted, fallbacks, strict=True):
-        if text in given:
+    for text, is_given, fallback in zip(wanted, are_given, fallbacks, strict=True):
+        if is_given:
             names.append(text)
             continue
         name = stem = name_from(text, fallback)

@@ -60,7 +60,7 @@ def read_replacements(
         with gathering(problems):
             found[name] = Replacement(_read_values(file, key, rows), rows)
     raise_all(shown_path(file.path), shortened(problems))
-    return found
+    return {name: new for name, new in found.items() if new.rows != ()}  # no token ids: nothing is replaced
 
 
 def read_finite(file: WeightsFile, key: str) -> torch.Tensor:

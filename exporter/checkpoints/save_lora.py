@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,45 @@ from exporter.checkpoints.base_folder import named_folder
 from exporter.checkpoints.files import shown_path
 from exporter.checkpoints.lora import CONFIG_NAME, KEY_PREFIX, WEIGHTS_STEM
 from exporter.errors import ExportError
+from runtime.errors import MachineError
 
 
-def save_lora(
+@contextmanager
+def staged_lora(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder`, which it becomes at the end, whole; after an error nothing has changed."""
+    folder = folder.resolve()
+    part, old = (folder.with_name(f".{folder.name}.{what}-{os.getpid()}") for what in ("part", "old"))
+    try:
+        with _as_machine_error(folder):
+            part.mkdir(parents=True)
+        yield part
+        with _as_machine_error(folder):
+            _put_in_place(part, folder, old)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_in_place(part: Path, folder: Path, old: Path) -> None:
+    if folder.exists():
+        folder.rename(old)
+    try:
+        part.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+
+
+@contextmanager
+def _as_machine_error(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MachineError("cannot be written", where=shown_path(folder), got=error.strerror or str(error)) from error
+
+
+def write_lora(
     folder: Path,
     deltas: Mapping[str, LoraDelta],
     *,
@@ -27,7 +64,7 @@ def save_lora(
     fan_in_fan_out: bool = False,
     base_name: str | None = None,
 ) -> None:
-    """Write the folder whole or not at all; `embeddings` are the paths of token lookups, `deltas` have scale 1.
+    """Fill an empty folder; `embeddings` are the paths of token lookups, `deltas` have scale 1.
 
     `fan_in_fan_out`: some modules keep their weight as [in, out], as GPT-2's Conv1D does; PEFT turns those.
     """
@@ -40,18 +77,9 @@ def save_lora(
         middle, end = ("lora_embedding_", "") if path in embeddings else ("lora_", ".weight")
         for side, value in (("A", delta.a), ("B", delta.b)):
             tensors[f"{KEY_PREFIX}{path}.{middle}{side}{end}"] = value.float().contiguous()
-    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
-    try:
-        part.mkdir(parents=True)
-        save_file(tensors, part / f"{WEIGHTS_STEM}.safetensors", metadata={"format": "pt"})
-        config = _config(deltas, fan_in_fan_out=fan_in_fan_out, base_name=base_name)
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (part / CONFIG_NAME).write_text(text, encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    save_file(tensors, folder / f"{WEIGHTS_STEM}.safetensors", metadata={"format": "pt"})
+    config = _config(deltas, fan_in_fan_out=fan_in_fan_out, base_name=base_name)
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def require_free(folder: Path, *, overwrite: bool) -> None:
@@ -62,7 +90,7 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
     if folder.is_symlink() or not folder.is_dir() or {path.name for path in folder.iterdir()} - names:
         fix = "choose another --save-adapter"
         raise ExportError("exists and is not (only) a LoRA", where=where, fix=fix, code="E_EXISTS")
-    if not overwrite:
+    if not overwrite and any(folder.iterdir()):
         fix = "choose another --save-adapter, or give --overwrite"
         raise ExportError("this adapter exists already", where=where, fix=fix, code="E_EXISTS")
 

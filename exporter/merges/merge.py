@@ -9,7 +9,7 @@ from math import hypot
 import torch
 
 from exporter.errors import ExportError
-from exporter.merges.experts import weighted_sum
+from exporter.merges.experts import weighted_experts, weighted_sum
 from exporter.merges.rank_select import KEEP, rank_select
 from exporter.merges.sparse import dare_linear, dare_ties, magnitude_prune, ties
 from exporter.merges.svd import cut, svd
@@ -46,6 +46,7 @@ OPTIONS: Mapping[MergeMethod, Mapping[str, float | None]] = {
     MergeMethod.MAGNITUDE_PRUNE: {"density": None, "rank": None},
     MergeMethod.RANK_SELECT: {"keep": KEEP},
 }
+CANCELLED = 1e-12  # of the parts of a sum; what is smaller is what rounding leaves of 0
 FLAGS = {"density": "--density", "rank": "--merge-rank", "keep": "--keep", "seed": "--seed"}
 
 
@@ -86,7 +87,9 @@ def merged(site: Site, row: torch.Tensor, merge: MergeInfo) -> Update:
 def measured(site: Site, row: torch.Tensor, update: Update) -> SiteMerge:
     """How far the update is from the exact sum."""
     wanted = weighted_sum(site, row)
-    return SiteMerge(site.path, rank_of(update), norm(wanted), difference(update, wanted))
+    parts = sum(norm(expert) for expert in weighted_experts(site, row).values())
+    size = norm(wanted)
+    return SiteMerge(site.path, rank_of(update), size if size > CANCELLED * parts else 0.0, difference(update, wanted))
 
 
 def in_total(measures: Iterable[SiteMerge]) -> SiteMerge:

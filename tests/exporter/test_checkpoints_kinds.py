@@ -203,3 +203,15 @@ def test_a_weight_is_replaced_or_adapted_not_both(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "head", tmp_path / "untied", ends)
     with pytest.raises(UserError, match="embedding and head are one weight; got token ids of lm_head alone"):
         check_against_base(read(folder), describe_base(str(base)))
+
+
+def test_no_token_ids_replace_nothing(copied: Callable[[str], Path], root: Path) -> None:
+    """PEFT writes such folders: their rows are [0, width]."""
+    folder = copied("saved")
+    edit_json(folder / CONFIG, trainable_token_indices=[])
+    edit_tensors(folder / WEIGHTS, put(ROWS, lambda t: t[:0]))
+    adapters = read(folder)
+    check_against_base(adapters, describe_base(str(root / "base")))
+    replaced = adapters.experts[0].replacements
+    assert "lm_head.weight" in replaced
+    assert "model.embed_tokens.weight" not in replaced

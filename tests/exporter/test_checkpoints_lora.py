@@ -295,3 +295,15 @@ def test_resized_or_retrained_embeddings_are_refused(tmp_path: Path, base: Path)
     other = write_base(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match=r"embed_tokens.base_layer.weight replaces a tensor of the base"):
         check_against_base(read(folder), describe_base(str(other)))
+
+
+def test_an_unnamed_folder_does_not_take_a_name_that_was_given(tmp_path: Path, base: Path) -> None:
+    for folder in ("one", "two/math", "3"):
+        write_lora(tmp_path / folder, base)
+    adapters = read(tmp_path / "two" / "math", tmp_path / "3", math=tmp_path / "one")
+    assert [(expert.name, expert.folder.name) for expert in adapters.experts] == [
+        ("math-2", "math"),
+        ("3", "3"),
+        ("math", "one"),
+    ]
+    assert adapters.notes == ("expert 'math' is called math-2",)

@@ -17,7 +17,7 @@ import exporter.record
 from exporter import build
 from exporter.cli import main as export
 from exporter.record import extent_for, record, record_parts
-from exporter.spec import BuildSpec, CacheChoice, DType, OpChoice
+from exporter.spec import BuildSpec, CacheChoice, DType, OpChoice, VariantSpec
 from exporter.verify import Extent
 from exporter.watch import StageClock
 from runtime.backends import open_session
@@ -25,7 +25,7 @@ from runtime.bundle import Bundle
 from runtime.cli import main as run
 from runtime.compare import Comparison, answers_of, compare, judge, render
 from runtime.errors import InputError, NumericError
-from runtime.manifest import Emit, GraphInfo, Mode
+from runtime.manifest import Emit, GraphInfo, MixInfo, Mode
 from runtime.recording import Recording, load_recording, require_same_model, save_recording
 from runtime.replay import Answer
 from runtime.session import Session, SessionSettings
@@ -234,3 +234,16 @@ def test_large_vocabularies_record_fewer_prompts(built: Built) -> None:
     assert extent_for(replace(verification, max_positions=60), 3).new_tokens == 30
     asked = replace(verification, spec=BuildSpec(prompts=("text",) * 20))
     assert extent_for(asked, 3).prompts == 20, "all of the user's"
+
+
+def test_a_recording_finds_its_graph_among_several(
+    built: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = sorted(expert.name for expert in built.bundle.manifest.experts)[:2]
+    named = tuple(VariantSpec(f"only-{name}", MixInfo(weights={name: 1.0}), is_static=True) for name in names)
+    bundle = build(built.checkpoint.spec(out=tmp_path / "bundle", modes=(Mode.STATIC,), variants=named))
+    for variant in named:
+        [graph] = [graph for graph in bundle.manifest.graphs if graph.name == variant.name]
+        save_recording(recorded(built, DType.FLOAT32, graph, bundle), tmp_path / "model.npz")
+        assert run(["compare", str(bundle.root), str(tmp_path / "model.npz"), "--threads", "1"]) == 0
+        assert f"graph {variant.name} (portable" in capsys.readouterr().out

@@ -25,7 +25,7 @@ from exporter.spec import AdapterSource, BuildSpec, LearnSpec, Per
 from exporter.training_texts import TrainingText, read_texts
 from runtime.backends import open_session
 from runtime.bundle import Bundle
-from runtime.errors import UserError
+from runtime.errors import InputError, UserError
 from runtime.generate import GenerateOptions, complete
 from runtime.manifest import Mode, VerifyLevel
 from runtime.mix_file import MixFile, read_mix, scalings_from_file, write_mix
@@ -33,12 +33,14 @@ from runtime.model import load as load_model
 from runtime.replay import replay
 from runtime.session import Session, SessionSettings
 from runtime.text import Text
+from tests.exporter.checkpoint_makers import edit_json, write_lora
 from tests.exporter.tiny_builds import (
     difference,
     load,
     named_sources,
     prompt,
     reference_of,
+    write_checkpoint,
     write_lively_base,
     write_three_experts,
 )
@@ -312,4 +314,31 @@ def test_the_command_writes_a_mix_or_nothing(
     assert "nothing was written" in capsys.readouterr().err
     assert main([*words, "--out", str(tmp_path / "absent" / "mix.json")]) == 2
     assert "no such folder" in capsys.readouterr().err
+    (tmp_path / "folder.json").mkdir()
+    for name in ("mix.txt", "mix", "folder.json"):
+        assert main([*words, "--out", str(tmp_path / name)]) == 2
+        assert "--out: cannot be a mix file" in capsys.readouterr().err
+    (tmp_path / "folder.json").rmdir()
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_experts_without_weights_to_learn_are_refused(tmp_path: Path) -> None:
+    base = write_lively_base(tmp_path / "base", num_hidden_layers=1)
+    plain = write_lora(tmp_path / "plain", base, ("q_proj",), 2)
+    dora = write_lora(tmp_path / "dora", base, ("q_proj",), 2, use_dora=True)
+    for experts, message in (
+        ({"plain": plain}, "one expert has nothing to be weighed against; need at least 2 experts"),
+        ({"dora": dora}, "one expert has nothing"),
+        ({"dora": dora, "plain": plain}, "--adapters: dora cannot be mixed: DoRA divides"),
+    ):
+        spec = LearnSpec(tmp_path / "data.jsonl", named_sources(experts), str(base))
+        with pytest.raises(InputError, match=message):
+            learn_mix(spec)
+
+
+def test_the_gates_top_k_rule_is_no_matter_of_learning(tmp_path: Path) -> None:
+    """Flattened, it needs the whole sequence at every step; here it is not used at all."""
+    checkpoint = write_checkpoint(tmp_path, "qwen3")
+    edit_json(checkpoint.xlora / "adapter_config.json", peft_version="0.17.1")
+    with pytest.raises(ExportError, match="has no tokenizer"):  # what comes next
+        learn_mix(LearnSpec(tmp_path / "absent.jsonl", (AdapterSource(checkpoint.xlora),), str(checkpoint.base)))

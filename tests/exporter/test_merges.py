@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,9 @@ from exporter.merges.merge import in_total, measured, merged, settled
 from exporter.merges.update import LowRank, Update, dense, factored, rank_of
 from exporter.plain_merges import plain_merge
 from exporter.sites import Site, SiteKind, stack
-from exporter.spec import BuildSpec
+from exporter.spec import BuildSpec, VariantSpec
 from runtime.bundle import Bundle
+from runtime.errors import InputError
 from runtime.manifest import MergeInfo, MergeMethod, Mode
 from runtime.mix_file import MixFile, write_mix
 from runtime.session import SessionSettings
@@ -391,21 +393,101 @@ def test_the_command_prints_the_errors_and_repeats_the_check(
 @pytest.mark.parametrize(
     ("mix", "message"),
     [
-        (MixFile(sites={"model.layers.9.x": {"math": 1.0}}), r"modules that no expert adapts; got model\.layers\.9\.x"),
-        (MixFile(sites={SITE: {"poetry": 1.0}}), "experts that do not exist; got poetry"),
-        (MixFile(weights={"math": 1.0}, sites={SITE: {"poetry": 1.0}}), "experts that do not exist; got poetry"),
+        (MixFile(sites={"model.layers.9.x": {"math": 1.0}}), r"no site 'model\.layers\.9\.x'"),
+        (MixFile(sites={SITE: {"poetry": 1.0}}), "no expert 'poetry'"),
+        (MixFile(weights={"math": 1.0}, sites={SITE: {"poetry": 1.0}}), "no expert 'poetry'"),
     ],
 )
 def test_mix_files_of_strangers_are_refused(mix: MixFile, message: str, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=message):
+    with pytest.raises(InputError, match=message):
         build(spec_of(folder, mix=mix, out=tmp_path / "b"))
 
 
 def test_merges_are_of_static_graphs(folder: Path, tmp_path: Path) -> None:
-    for settings, where in (({"merge": INFOS["svd"]}, "--merge"), ({"save_adapter": tmp_path / "a"}, "--save-adapter")):
-        spec = replace(spec_of(folder, out=tmp_path / "b", **settings), modes=(Mode.DYNAMIC,))
-        with pytest.raises(ExportError, match=f"{where}: only static graphs have merged experts"):
-            build(spec)
+    spec = replace(spec_of(folder, out=tmp_path / "b", merge=INFOS["svd"]), modes=(Mode.DYNAMIC,))
+    with pytest.raises(ExportError, match="--merge: only static graphs have merged experts"):
+        build(spec)
+    named = (VariantSpec("solo", MixFile(weights={"rs": 1.0}), is_static=True),)
+    for modes in ((Mode.STATIC,), (Mode.DYNAMIC, Mode.STATIC)):
+        with pytest.raises(ExportError, match="--save-adapter: what is saved is the mix"):
+            build(replace(spec_of(folder, variants=named, save_adapter=tmp_path / "a"), modes=modes))
+
+
+def test_named_merges_are_verified_again(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With no graph called static, in a bundle with a dynamic graph and in one without."""
+    mix = MixFile(weights={"math": 1.0, "rs": 0.4})
+    named = (VariantSpec("solo", mix, is_static=True), VariantSpec("duo", MIX, is_static=True))
+    sources = [f"{source.name}={source.path}" for source in spec_of(folder).adapters]
+    for modes in ((Mode.STATIC,), (Mode.DYNAMIC,)):
+        spec = spec_of(folder, out=tmp_path / modes[0], variants=named, merge=INFOS["svd of rank 2"])
+        bundle = build(replace(spec, modes=modes))
+        assert {graph.merge.rank for graph in bundle.manifest.graphs if graph.merge} == {2}
+        words = ["--verify", "quick", "--base", str(folder / "base"), "--adapters", *sources]
+        assert main(["verify", str(bundle.root), *words]) == 0
+        assert "graph solo against its reference forward" in capsys.readouterr().out
+
+
+def test_the_adapter_appears_with_the_bundle_or_not_at_all(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expert = tmp_path / "expert"
+    shutil.copytree(folder / "rs", expert)
+    (expert / "README.md").unlink(missing_ok=True)
+    spec = replace(quick(named_sources({"rs": expert}), folder / "base"), modes=(Mode.STATIC,), mix={"rs": 0.5})
+    out = tmp_path / "out"
+    before = (expert / "adapter_model.safetensors").read_bytes()
+    for target, what in ((expert, "a source"), (out, "the bundle"), (out / "a", "the bundle"), (tmp_path, "exists")):
+        with pytest.raises(ExportError, match=f"{what}"):
+            build(replace(spec, out=out, save_adapter=target, overwrite=True))
+    assert (expert / "adapter_model.safetensors").read_bytes() == before
+
+    def refused(*_: object) -> None:
+        raise ExportError("no")
+
+    here = tmp_path / "here"
+    here.mkdir()  # an empty folder is free
+    monkeypatch.chdir(here)
+    with monkeypatch.context() as patch:
+        patch.setattr("exporter.build_bundle.publish", refused)
+        with pytest.raises(ExportError, match="no"):
+            build(replace(spec, out=out, save_adapter=Path()))
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")) == ["expert", "here"]
+    assert not list(here.iterdir())
+    build(replace(spec, out=out, save_adapter=here))
+    assert {path.name for path in here.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert not [path for path in tmp_path.iterdir() if "part" in path.name or "old" in path.name]
+
+
+def test_a_rank_beyond_the_module_is_counted_as_what_it_can_be(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(3)
+    wide, thin = (
+        LoraDelta(*(torch.randn(s, generator=generator) for s in ((15, IN), (OUT, 15))), 1.0),
+        LoraDelta(*(torch.randn(s, generator=generator) for s in ((2, IN), (OUT, 2))), 1.0),
+    )
+    info = settled(MergeInfo(method=MergeMethod.RANK_SELECT, keep=0.7))
+    adapters = adapters_of({"wide": wide, "thin": thin})
+    update = merged(site_of(adapters), torch.ones(2), info)
+    assert rank_of(update) == math.ceil(0.7 * (IN + 2))
+    plain = plain_merge(adapters, {"wide": 1.0, "thin": 1.0}, PATH, info)
+    assert difference(dense(update), plain) <= 1e-5
+
+
+def test_votes_that_cancel_elect_nothing_in_both_maths() -> None:
+    delta = torch.tensor([[1.0, -2.0], [3.0, 4.0]])
+    info = MergeInfo(method=MergeMethod.TIES, density=1.0)
+    for weights in ({"p": 1.0, "q": -1.0}, {"p": 0.3, "q": -0.1, "r": -0.2}):
+        adapters = adapters_of(dict.fromkeys(weights, delta))
+        update = merged(site_of(adapters), torch.tensor(list(weights.values())), info)
+        plain = plain_merge(adapters, weights, PATH, info)
+        assert plain is not None
+        assert difference(dense(update), plain) <= 1e-6
+        assert bool(plain.any()) == (len(weights) == 3)  # 0.3 - 0.1 - 0.2 is not 0 in float32
+
+
+def test_a_sum_that_cancels_has_no_relative_error() -> None:
+    adapters = adapters_of(dict.fromkeys(("p", "q"), torch.randn(OUT, IN)))
+    site, row = site_of(adapters), torch.tensor([1.0, -1.0])
+    assert measured(site, row, merged(site, row, MergeInfo())).error is None
 
 
 def test_a_mix_of_nothing_has_no_adapter(folder: Path, tmp_path: Path) -> None:

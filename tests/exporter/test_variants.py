@@ -9,17 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from exporter.build_bundle import build
 from exporter.cli import main
+from exporter.inputs import read_inputs
 from exporter.reference import Reference
 from exporter.spec import DType, VariantSpec
 from exporter.verify_bundle import verify_bundle
 from runtime import GenerateOptions, Routed, complete, load
+from runtime.errors import InputError
 from runtime.golden import GOLDEN_PATH, read_golden
-from runtime.manifest import MixInfo
+from runtime.manifest import MixInfo, VerifyLevel
 from runtime.signature import GATE
+from tests.exporter.checkpoint_makers import edit_tensors
 from tests.exporter.mutations import weight_names
 from tests.exporter.tiny_builds import Built, Checkpoint, prompt, reference_of, write_checkpoint
 from tests.same_tokens import Logits, Ties, seen_logits
@@ -219,7 +223,7 @@ def refusal(checkpoint: Checkpoint, *words: object, capsys: pytest.CaptureFixtur
         (["--variants", "con:static:math=1"], "cannot name a variant 'con'"),
         (["--variants", "a:poetry=1"], "variant a: no expert 'poetry'; need one of: math, code, prose"),
         (["--variants", "a:math=inf"], "cannot read 'math=inf'"),
-        (["--variants", "a:math=1e39"], "variant a: the weight of math is 1e+39; need a finite number"),
+        (["--variants", "a:math=1e39"], "variant a: the weight of math is 1e+39; need a number, at most 1000 in size"),
         (["--variants", "a:math"], "cannot read 'math'"),
         (["--variants", "absent.json"], "absent.json: cannot read the variants; got No such file"),
         (["--variants", "a:absent.json"], "absent.json: cannot read the mix"),
@@ -227,6 +231,7 @@ def refusal(checkpoint: Checkpoint, *words: object, capsys: pytest.CaptureFixtur
             ["--variants", "a:math=1", "--mode", "static", "--mix", "math=1"],
             "named mixes are rows of the dynamic graph",
         ),
+        (["--scalings", "sites", "--mode", "static", "--mix", "math=1"], "only the dynamic graph takes scalings"),
         (["--scalings", "shared"], "--scalings shared: needs a row of scalings a site; got a layerwise gate"),
     ],
 )
@@ -243,6 +248,9 @@ def test_bad_variants_are_one_message_and_exit_2(
     [
         ("{", "is no file of variants; got is not JSON"),
         ('{"variants": {}}', "is no file of variants"),
+        ('{"format_version": true, "variants": {"a": {}}}', "should be a valid integer"),
+        ('{"format_version": 1.0, "variants": {"a": {}}}', "should be a valid integer"),
+        ('{"format_version": 2, "variants": {"a": {}}}', "less than or equal to 1"),
         ('{"variants": {"a": {"weights": {"math": 1.0}}, "a": {}}}', "has the key 'a' twice"),
         ('{"variants": {"a": {"weight": {"math": 1.0}}}}', "Extra inputs are not permitted"),
         ('{"variants": {"a": {"weights": {"math": "1"}}}}', "should be a valid number"),
@@ -280,6 +288,39 @@ def test_bad_yaml_is_refused(
 ) -> None:
     (tmp_path / "v.yaml").write_text(text)
     assert message in refusal(checkpoint, "--variants", tmp_path / "v.yaml", capsys=capsys)
+
+
+def test_a_file_may_have_a_colon_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from exporter.variants import variants_from_words
+
+    (tmp_path / "p:q.json").write_text('{"variants": {"warm": {"weights": {"math": 1.0}}}}')
+    monkeypatch.chdir(tmp_path)
+    assert variants_from_words(["p:q.json"]) == (VariantSpec("warm", MixInfo(weights={"math": 1.0})),)
+
+
+def test_a_variant_may_be_called_as_a_file_of_the_store(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    named = (VariantSpec("Adapters", MixInfo(weights={"math": 1.0}), is_static=True),)
+    spec = checkpoint.spec(out=tmp_path / "bundle", variants=named, verify=VerifyLevel.STRUCTURE)
+    assert "weights/Adapters-2.safetensors" in [file.path for file in build(spec).manifest.artifacts]
+
+
+def test_half_precision_has_room_for_every_named_mix(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, "qwen2")
+    experts = json.loads((checkpoint.xlora / "adapter_config.json").read_text())["adapters"]
+
+    def louder(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({name: value * 60 for name, value in tensors.items() if "lora_" in name})
+
+    edit_tensors(Path(experts["2"]) / "adapter_model.safetensors", louder)  # in range alone, and at weight 2
+    soft, loud = (
+        (VariantSpec("v", MixInfo(weights={"code": 9.0}, sites={"lm_head": {"prose": weight}})),)
+        for weight in (2.0, -1000.0)
+    )
+    half = {"dtype": DType.FLOAT16, "out": tmp_path / "bundle"}
+    read_inputs(checkpoint.spec(**half, variants=soft))
+    with pytest.raises(InputError, match=r"expert prose: the LoRA of .* leaves the range of float16"):
+        read_inputs(checkpoint.spec(**half, variants=loud))
+    read_inputs(checkpoint.spec(out=tmp_path / "bundle", variants=loud))
 
 
 def test_words_and_files_say_the_same(tmp_path: Path) -> None:
