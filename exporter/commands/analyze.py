@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporter.commands.options import Commands, add_quiet, count, natural
+from runtime.errors import MachineError
 
 if TYPE_CHECKING:
     from exporter.analysis.report import Report
@@ -38,9 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from exporter.progress import shown_stages
 
     with shown_stages(quiet=args.quiet) as clock:
-        import jinja2  # noqa: F401 - minutes before they are needed
-        import matplotlib  # noqa: F401, ICN001
-
+        _require_packages()
         from exporter.analysis.analyze import AnalyzeSpec, analyze
         from exporter.analysis.page import page
         from exporter.analysis.publish_report import MIX, check_target, publish_report
@@ -56,6 +56,14 @@ def run(args: argparse.Namespace) -> int:
         _print_summary(report)
     print(args.out)
     return 0
+
+
+def _require_packages() -> None:
+    """Minutes before they are needed."""
+    missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
+    if missing:
+        fix = "pip install '.[export,cpu,analyze]' in the source folder"
+        raise MachineError(f"not installed: {', '.join(missing)}", fix=fix, code="E_PACKAGE")
 
 
 def _print_summary(report: Report) -> None:
