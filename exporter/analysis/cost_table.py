@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 
 import onnx
@@ -33,12 +34,12 @@ def cost_table(bundle: Bundle, graph: GraphInfo, context: int) -> CostTable:
         step = counter.count(_sizes(static, context, logits=1))
         rows.append(_row("static mix", f"{static.name}.onnx", sum(counter.parameters().values()), (_pass(step),), 0))
     if any(dynamic.outputs(site.path) for site in bundle.manifest.sites):
-        rows += _expert_rows(bundle.manifest.sites, graph, dynamic, steps)
+        rows += _expert_rows(bundle.manifest.sites, graph, dynamic, steps, _sizes(graph, context, logits=1)["S"])
     return CostTable(context=context, rows=tuple(rows))
 
 
 def _expert_rows(
-    sites: tuple[SiteInfo, ...], graph: GraphInfo, counter: GraphCounter, steps: list[StepCost]
+    sites: tuple[SiteInfo, ...], graph: GraphInfo, counter: GraphCounter, steps: list[StepCost], step_tokens: int
 ) -> Iterator[CostRow]:
     """The loop does the products of the stack one expert at a time: the same FLOPs and bytes, more and smaller ones.
 
@@ -47,14 +48,15 @@ def _expert_rows(
     parameters = sum(counter.parameters().values())
     parts = [_pass(step) for step in steps]
     loops = []
+    tokens = defaultdict(lambda: step_tokens, lm_head=1)
     factors = added = 0
     for cost, step in zip(parts, steps, strict=True):
         # Without logits the head does not run.
         run = [site for site in sites if site.kind != "lm_head" or step is steps[-1]]
         products = cost.products - sum(step.products[part] for part in LORA) + sum(map(_expert_products, run))
         loops.append(cost.model_copy(update={"products": products}))
-        factors += sum(sum(site.ranks) for site in run)
-        added += sum(counter.outputs(site.path) * len(site.experts) for site in run)
+        factors += sum(sum(site.ranks) * tokens[site.kind] for site in run)
+        added += sum(counter.outputs(site.path) * len(site.experts) * tokens[site.kind] for site in run)
     source = f"{graph.name}.onnx"
     yield _row("loop over experts", f"{source}, its stacked products taken apart", parameters, loops, factors + added)
     yield _row("stacked experts", source, parameters, parts, factors)
