@@ -242,7 +242,7 @@ def _heat(
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     is_tight = sum(map(len, columns)) > (12 if bar and not numbers else 40)
-    turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if is_tight else {}
+    turned: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if is_tight else {}
     axes.set_xticks(np.arange(len(columns)), columns, fontsize=8, **turned)
     _some_ticks(axes.set_yticks, shortened(rows))
     axes.tick_params(labelleft=labelled)
