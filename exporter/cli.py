@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from exporter.commands import build, engine, inspect, learn_mix, record, verify
+from exporter.commands import analyze, build, engine, inspect, learn_mix, record, verify
 from runtime.command import run_command
 
 
@@ -24,6 +24,6 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m exporter", description="Export X-LoRA models to ONNX bundles.")
     top.set_defaults(interrupted="interrupted")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (inspect, build, learn_mix, engine, verify, record):
+    for command in (inspect, build, learn_mix, analyze, engine, verify, record):
         command.add_options(commands)
     return top

@@ -362,6 +362,11 @@ def _renameat2(old: Path, new: Path, flags: int) -> bool:
     raise OSError(code, os.strerror(code), str(old), None, str(new))
 
 
+def swap(folder: Path, out: Path) -> bool:
+    """Exchange two folders' names in one step; False where the system cannot."""
+    return _renameat2(folder, out, _RENAME_EXCHANGE)
+
+
 # --- what a killed builder leaves ---
 
 
@@ -410,4 +415,4 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-__all__ = ["Layout", "Stage", "holds_only_a_bundle", "publish", "publish_sealed", "stage"]
+__all__ = ["Layout", "Stage", "holds_only_a_bundle", "publish", "publish_sealed", "stage", "swap"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,8 @@ class SessionSettings:
     provider: str = "cpu"  # ONNX Runtime's: cpu | cuda | tensorrt | nv-tensorrt-rtx
     threads: int | None = None  # None: the backend's choice
     mapped: bool = False  # keep weights in their mapped file: less memory, slower steps
+    # Other values of stored weights, by initializer (ort only); the arrays must outlive the session.
+    weights: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

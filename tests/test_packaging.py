@@ -69,6 +69,7 @@ def test_no_module_of_the_runtime_loads_an_engine_or_anything_of_the_export_side
         "exporter inspect",
         "exporter build",
         "exporter learn-mix",
+        "exporter analyze",
         "exporter verify",
         "exporter record",
         "runtime",

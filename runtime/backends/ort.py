@@ -212,6 +212,9 @@ def open_engine(graph: Path, settings: SessionSettings) -> Any:
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_mem_pattern = False
         folding = ["ConstantFolding"]
+    if settings.weights:
+        values = [ort.OrtValue.ortvalue_from_numpy(values) for values in settings.weights.values()]
+        options.add_external_initializers(list(settings.weights), values)
     providers = [name for name in PROVIDERS[settings.provider] if name in ort.get_available_providers()]
     wanted = providers[0]
     if wanted != CPU:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from tests.exporter.analysed import Analysed, analyse_llama
 from tests.exporter.tiny_builds import Built, build_family
 
 
@@ -27,3 +28,9 @@ def family_build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bu
         return made[family]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def analysed(tmp_path_factory: pytest.TempPathFactory) -> Analysed:
+    """A llama's bundle and its analysis. Nobody may change its files."""
+    return analyse_llama(tmp_path_factory.mktemp("analysed"))
