@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from exporter.checkpoints import BaseDescription, ModuleKind
-from exporter.dynamic import head_path
+from exporter.dynamic import cache_shapes, head_path
 from exporter.errors import ExportError
 from exporter.sites import SiteKind
 from exporter.spec import DType
@@ -86,15 +86,11 @@ def signature_shape(
     model: PreTrainedModel, scalings: int, experts: int, *, gate: bool, dtype: DType, cache: CacheStyle
 ) -> SignatureShape:
     """The numbers of the graph's signature."""
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    blocks = config.num_hidden_layers
+    kv_heads, head_dims = zip(*cache_shapes(model), strict=True)
     return SignatureShape(
         vocab_size=model.get_output_embeddings().weight.shape[0],
-        kv_heads=(kv_heads,) * blocks,
-        head_dims=(head_dim,) * blocks,
+        kv_heads=kv_heads,
+        head_dims=head_dims,
         scalings=scalings,
         experts=experts,
         gate=gate,
