@@ -16,6 +16,7 @@ from exporter.gate import Gate
 from exporter.gated import Columns, StepState, gated_modules, pick
 from exporter.moe import EXPERTS_NAME
 from exporter.sites import Site, SiteKind
+from runtime.errors import UserError
 from runtime.signature import CacheStyle
 
 
@@ -112,6 +113,23 @@ def implemented(model: PreTrainedModel, attention: str, experts: str) -> Iterato
         config._attn_implementation, config._experts_implementation = before
 
 
+@contextmanager
+def refusing_untraceable(model: PreTrainedModel, where: str) -> Iterator[None]:
+    """Whatever a model's own code raises in here becomes one error that names the model."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise ExportError(
+            f"this {model.config.model_type} model cannot be traced as it is",
+            where=where,
+            got=f"{type(error).__name__}: {lines[0][:300]}",
+            fix="families proved to work are listed in the README",
+        ) from error
+
+
 def cache_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
     """(heads, width) of what every block puts into its cache, by one forward in fake tensors, which reads no weight.
 
@@ -119,11 +137,12 @@ def cache_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
     """
     state, ids = CacheState((), None, 2, CacheStyle.NONE), torch.zeros(1, 2, dtype=torch.int64)
     with (
+        refusing_untraceable(model, "base"),
         implemented(model, ATTENTION_NAME, EXPERTS_NAME),
         torch.no_grad(),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
-        model(input_ids=ids, position_ids=ids, past_key_values=state, use_cache=True, cache_state=state)
+        model.base_model(input_ids=ids, position_ids=ids, past_key_values=state, use_cache=True, cache_state=state)
     shapes = [(int(entry.shape[1]), int(entry.shape[3])) for entry in state.present]
     if len(shapes) != 2 * model.config.get_text_config().num_hidden_layers or shapes[::2] != shapes[1::2]:
         raise ExportError(

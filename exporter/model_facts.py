@@ -19,6 +19,11 @@ from runtime.signature import CacheStyle, SignatureShape
 DATA_DEPENDENT_ROPE = ("dynamic", "longrope")
 # What `attention` knows; others live in masks (chunked attention, seen only beyond a chunk) or are no attention at all.
 ATTENTION_TYPES = ("full_attention", "sliding_attention")
+# Attention that `attention` does not compute and no cache could hold.
+SWITCHES_REFUSED = {
+    "use_bidirectional_attention": "tokens of {} see later ones",
+    "add_cross_attention": "{} has cross-attention",
+}
 NEEDED_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
 
@@ -66,6 +71,14 @@ def refuse_untraceable(base: BaseDescription, emit: Emit) -> None:
             got=", ".join(strange),
             need=" or ".join(ATTENTION_TYPES),
         )
+    for switch, what in SWITCHES_REFUSED.items():
+        if getattr(config, switch, None):
+            raise ExportError(
+                what.format(base.model_type),
+                where=f"base {base.name}",
+                got=f"{switch}={getattr(config, switch)}",
+                need="tokens that see themselves and earlier ones, and nothing else",
+            )
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))]
     if found := [kind for kind in DATA_DEPENDENT_ROPE if kind in kinds]:

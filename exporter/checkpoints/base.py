@@ -165,12 +165,10 @@ def _check_raw(raw: dict[str, Any], path: Path, notes: list[str]) -> None:
             )
         )
     limits = dict.fromkeys(_SIZE_FIELDS, MAX_WIDTH) | dict.fromkeys(_COUNT_FIELDS, MAX_BLOCKS)
-    for field, most in limits.items():
-        value = raw.get(field)
+    for name, most in limits.items():
+        value = raw.get(name)
         if value is not None and not (type(value) is int and 0 < value <= most):
-            problems.append(
-                ExportError(f"field {field} is refused", where=where, got=shown(value), need=f"1 to {most}")
-            )
+            problems.append(ExportError(f"field {name} is refused", where=where, got=shown(value), need=f"1 to {most}"))
     raise_all(where, problems)
 
 

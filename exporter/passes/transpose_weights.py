@@ -1,4 +1,4 @@
-"""Store matrices (and stacks of them, as a mixture of experts has) the way products read them: no engine has to transpose and copy them when it loads."""
+"""Store matrices, and stacks of them, the way products read them: no engine has to transpose and copy them."""
 
 from __future__ import annotations
 

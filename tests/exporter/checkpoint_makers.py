@@ -36,7 +36,7 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 24, "do_layer_norm_before": False},
     "gpt_neox": {},
     "gemma3_text": {
-        "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16,
+        "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 64,
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},

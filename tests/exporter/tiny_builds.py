@@ -27,7 +27,7 @@ from runtime.session import SessionSettings
 from tests.exporter.checkpoint_makers import edit_tensors, write_base, write_lora
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-# Attention, then MLP, where a family calls them otherwise; Mixtral's block experts are no modules that a LoRA may touch.
+# Attention, then MLP, where a family calls them otherwise; no LoRA may touch Mixtral's block experts.
 TARGETS = {
     "phi3": (("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj")),
     "gpt2": (("c_attn",), ("c_fc", "c_proj")),
