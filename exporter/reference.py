@@ -121,6 +121,9 @@ class Reference:
         """
         precise = copy.copy(self)
         precise.model = copy.deepcopy(self.model).double()
+        for module in precise.model.modules():
+            if hasattr(module, "reorder_and_upcast_attn"):  # GPT-2's, for fp16 only: it takes scores of fp32 alone
+                module.reorder_and_upcast_attn = False
         return precise
 
     def constant(self, row: Sequence[float] | Sequence[Sequence[float]], tokens: Sequence[int]) -> ReferenceResult:

@@ -81,7 +81,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {"attention_bias": True, "head_dim": 12, "rope_parameters": ROPES["linear"], "tie_word_embeddings": True},
     ),
     "gemma2: another query scale, untied": ("gemma2", {"query_pre_attn_scalar": 20, "tie_word_embeddings": False}),
-    "gemma3: a window of 4, biases": ("gemma3_text", {"sliding_window": 4, "attention_bias": True}),
+    "gemma3: a window of 4, biases": (
+        "gemma3_text", {"sliding_window": 4, "attention_bias": True, "num_hidden_layers": 2}
+    ),
     "phi3: half of a head turns": ("phi3", {"partial_rotary_factor": 0.5, "sliding_window": 5}),
     "gpt2: scores scaled by block, untied": (
         "gpt2",

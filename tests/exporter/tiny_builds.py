@@ -122,7 +122,7 @@ GATES |= {
     "gpt2": {"xlora_depth": 2, "scaling_pass_value": 0.3},
     "opt": {"top_k_lora": 2},
     "gpt_neox": {"layerwise_scalings": False},
-    "gemma3_text": {"softmax_temperature": 0.6},
+    "gemma3_text": {"softmax_temperature": 1.5},
     "mixtral": {"enable_softmax": False, "top_k_lora": 2, "enable_softmax_topk": True},
 }
 DECODERS = tuple(GATES)
