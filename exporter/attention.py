@@ -47,6 +47,10 @@ class CacheState:
         self.present += [key, value]
         return key, value
 
+    def get_seq_length(self, *_: Any) -> int:
+        """For OPT, which counts positions by it; the traced model is always given them."""
+        return 0
+
     @property
     def windows(self) -> frozenset[int | None]:
         """The sliding windows the model's blocks have asked for so far; None is full attention."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -95,7 +96,7 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
 def estimate_bytes(spec: BuildSpec, inputs: Inputs) -> int:
     """What the stage will hold at its fullest, roughly: stored weights, changed weights, the twin's."""
     stored = sum(path.stat().st_size for path in inputs.base.files)
-    written = 4 * sum(module.in_features * module.out_features for module in inputs.base.modules.values())
+    written = 4 * sum(math.prod(shape) for shape in inputs.base.shapes.values())
     base = max(stored, written)  # the graphs are fp32 (or have an fp32 twin), the files may be bf16
     copies = 1 + len(static_variants(spec)) + (2 if spec.dtype is not DType.FLOAT32 else 0)
     return base * copies + (64 << 20)

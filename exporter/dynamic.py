@@ -11,9 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from exporter.attention import ATTENTION_NAME, CacheState, require_window
+from exporter.errors import ExportError
 from exporter.gate import Gate
 from exporter.gated import Columns, StepState, gated_modules, pick
+from exporter.moe import EXPERTS_NAME
 from exporter.sites import Site, SiteKind
+from runtime.errors import UserError
 from runtime.signature import CacheStyle
 
 
@@ -94,13 +97,62 @@ def traced_model(
     modules: dict[str, nn.Module] = {**gated_modules(bases, groups, state, with_plugin=with_plugin)}
     head = head_path(model)
     modules[head] = PickingHead(modules.get(head, model.get_submodule(head)), state)
-    attention = model.config._attn_implementation
-    model.config._attn_implementation = ATTENTION_NAME
+    with implemented(model, ATTENTION_NAME, EXPERTS_NAME), replaced(model, modules):
+        yield TracedModel(model, state, gate, columns, cache).eval()
+
+
+@contextmanager
+def implemented(model: PreTrainedModel, attention: str, experts: str) -> Iterator[None]:
+    """Let the model compute attention and mixture-of-experts blocks by these functions of transformers' interfaces."""
+    config = model.config
+    before = config._attn_implementation, config._experts_implementation
+    config._attn_implementation, config._experts_implementation = attention, experts
     try:
-        with replaced(model, modules):
-            yield TracedModel(model, state, gate, columns, cache).eval()
+        yield
     finally:
-        model.config._attn_implementation = attention
+        config._attn_implementation, config._experts_implementation = before
+
+
+@contextmanager
+def refusing_untraceable(model: PreTrainedModel, where: str) -> Iterator[None]:
+    """Whatever a model's own code raises in here becomes one error that names the model."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise ExportError(
+            f"this {model.config.model_type} model cannot be traced as it is",
+            where=where,
+            got=f"{type(error).__name__}: {lines[0][:300]}",
+            fix="families proved to work are listed in the README",
+        ) from error
+
+
+def cache_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """(heads, width) of what every block puts into its cache, by one forward in fake tensors, which reads no weight.
+
+    A config may hold fields of these names that its model does not read.
+    """
+    state, ids = CacheState((), None, 2, CacheStyle.NONE), torch.zeros(1, 2, dtype=torch.int64)
+    with (
+        refusing_untraceable(model, "base"),
+        implemented(model, ATTENTION_NAME, EXPERTS_NAME),
+        torch.no_grad(),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        model.base_model(input_ids=ids, position_ids=ids, past_key_values=state, use_cache=True, cache_state=state)
+    shapes = [(int(entry.shape[1]), int(entry.shape[3])) for entry in state.present]
+    if len(shapes) != 2 * model.config.get_text_config().num_hidden_layers or shapes[::2] != shapes[1::2]:
+        raise ExportError(
+            f"{model.config.model_type} does not put keys and values of one shape into a cache in every block",
+            where="base",
+            got=f"{len(shapes)} tensors of {sorted(set(shapes))} (heads, width)",
+            fix="families proved to work are listed in the README",
+            code="E_UNSUPPORTED",
+        )
+    return shapes[::2]
 
 
 def grouped_by_input(model: PreTrainedModel, sites: Sequence[Site]) -> list[list[Site]]:
@@ -118,7 +170,11 @@ def grouped_by_input(model: PreTrainedModel, sites: Sequence[Site]) -> list[list
     ]
     try:
         if linear:
-            with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            with (
+                implemented(model, "eager", EXPERTS_NAME),
+                torch.no_grad(),
+                FakeTensorMode(allow_non_fake_inputs=True),
+            ):
                 model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
     finally:
         for hook in hooks:

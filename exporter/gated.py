@@ -75,7 +75,7 @@ class Down(nn.Module):
         seen, parts = self.state.down.get(self.number, (None, ()))
         if seen is not x:
             product = self.product(x)
-            gated = product * self.factors().to(product.dtype)
+            gated = product * rows_of(self.factors(), product).to(product.dtype)
             parts = gated.split(self.ranks, dim=-1) if len(self.ranks) > 1 else (gated,)
             self.state.down[self.number] = x, parts
         return parts
@@ -139,7 +139,12 @@ class PluginModule(GatedModule):
         self.lora_b = nn.Parameter(self.lora_b.T.contiguous(), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return gated_low_rank(self.base(x), x, self.down.lora_a, self.lora_b, self.down.factors())
+        y, factors = self.base(x), self.down.factors()
+        if x.dim() == factors.dim():
+            return gated_low_rank(y, x, self.down.lora_a, self.lora_b, factors)
+        # The node takes [B, S, .] only: all tokens become one row of it.
+        y, x, factors = (value.flatten(end_dim=-2)[None] for value in (y, x, factors))
+        return gated_low_rank(y, x, self.down.lora_a, self.lora_b, factors)[0]
 
 
 class DoraModule(nn.Module):
@@ -161,7 +166,7 @@ class DoraModule(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.gated(x)
         bias = getattr(self.gated.base, "bias", None)
-        return y + (y if bias is None else y - bias) * (self.scalings().to(y.dtype) @ self.out_shift)
+        return y + (y if bias is None else y - bias) * (rows_of(self.scalings(), y).to(y.dtype) @ self.out_shift)
 
     def scalings(self) -> torch.Tensor:
         """Those of the site's DoRA experts [B, S, D], at the picked positions for lm_head."""
@@ -203,6 +208,11 @@ def _gated_class(base: nn.Module, site: Site, *, with_plugin: bool) -> type[Gate
     if with_plugin and site.kind is not SiteKind.EMBEDDING:
         return PluginModule
     return JoinedModule if type(base).forward in PLAIN_PRODUCTS else GatedModule
+
+
+def rows_of(factors: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Factors [B, S, R] for a module that sees its tokens as [B * S, .], as OPT's MLP does; else as they are."""
+    return factors if factors.dim() == like.dim() else factors.flatten(end_dim=-2)
 
 
 def pick(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

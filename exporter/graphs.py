@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from exporter.dynamic import TracedModel, traced_model
-from exporter.errors import ExportError
+from exporter.dynamic import TracedModel, refusing_untraceable, traced_model
 from exporter.gate import Gate
 from exporter.gated import DoraModule, Down, GatedModule, PluginModule
 from exporter.merges.merge import SiteMerge
@@ -20,7 +19,6 @@ from exporter.sites import Site
 from exporter.spec import OpChoice
 from exporter.store import TRANSPOSED, Weight, WeightStore, transposed, weight_from_tensor
 from exporter.trace import trace
-from runtime.errors import UserError
 from runtime.manifest import Emit, GraphInfo
 from runtime.signature import SCALINGS, Signature
 
@@ -58,26 +56,19 @@ class Exported:
 def export_graph(model: PreTrainedModel, plan: GraphPlan, store: WeightStore) -> ir.Model:
     """Trace, rewrite, store the weights that are not yet there, save NAME.onnx under the store's root."""
     base_names = {id(parameter): name for name, parameter in model.named_parameters()}
-    try:
-        with traced_model(
+    with (
+        refusing_untraceable(model, f"graph {plan.name}"),
+        traced_model(
             model,
             plan.sites,
             plan.gate,
             plan.signature.cache_style,
             shared=is_shared(plan),
             with_plugin=plan.site_op is OpChoice.PLUGIN,
-        ) as traced:
-            weights = named_weights(base_names, traced)
-            graph = trace(traced, plan.signature, OPSETS[plan.emit])
-    except UserError:
-        raise
-    except Exception as error:
-        raise ExportError(
-            f"this {model.config.model_type} model cannot be traced as it is",
-            where=f"graph {plan.name}",
-            got=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}",
-            fix="families proved to work are listed in the README",
-        ) from error
+        ) as traced,
+    ):
+        weights = named_weights(base_names, traced)
+        graph = trace(traced, plan.signature, OPSETS[plan.emit])
     tensors = {name: weight_from_tensor(plan.partners.get(name, name), tensor) for name, tensor in weights.values()}
     tensors |= {name: weight for name, weight in plan.changed.items() if name in tensors}
     names = {traced_name: name for traced_name, (name, _) in weights.items()}

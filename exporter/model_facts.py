@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from exporter.checkpoints import BaseDescription, ModuleKind
-from exporter.dynamic import head_path
+from exporter.dynamic import cache_shapes, head_path
 from exporter.errors import ExportError
 from exporter.sites import SiteKind
 from exporter.spec import DType
@@ -19,6 +19,11 @@ from runtime.signature import CacheStyle, SignatureShape
 DATA_DEPENDENT_ROPE = ("dynamic", "longrope")
 # What `attention` knows; others live in masks (chunked attention, seen only beyond a chunk) or are no attention at all.
 ATTENTION_TYPES = ("full_attention", "sliding_attention")
+# Attention that `attention` does not compute and no cache could hold.
+SWITCHES_REFUSED = {
+    "use_bidirectional_attention": "tokens of {} see later ones",
+    "add_cross_attention": "{} has cross-attention",
+}
 NEEDED_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
 
@@ -66,6 +71,14 @@ def refuse_untraceable(base: BaseDescription, emit: Emit) -> None:
             got=", ".join(strange),
             need=" or ".join(ATTENTION_TYPES),
         )
+    for switch, what in SWITCHES_REFUSED.items():
+        if getattr(config, switch, None):
+            raise ExportError(
+                what.format(base.model_type),
+                where=f"base {base.name}",
+                got=f"{switch}={getattr(config, switch)}",
+                need="tokens that see themselves and earlier ones, and nothing else",
+            )
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))]
     if found := [kind for kind in DATA_DEPENDENT_ROPE if kind in kinds]:
@@ -86,15 +99,11 @@ def signature_shape(
     model: PreTrainedModel, scalings: int, experts: int, *, gate: bool, dtype: DType, cache: CacheStyle
 ) -> SignatureShape:
     """The numbers of the graph's signature."""
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    blocks = config.num_hidden_layers
+    kv_heads, head_dims = zip(*cache_shapes(model), strict=True)
     return SignatureShape(
         vocab_size=model.get_output_embeddings().weight.shape[0],
-        kv_heads=(kv_heads,) * blocks,
-        head_dims=(head_dim,) * blocks,
+        kv_heads=kv_heads,
+        head_dims=head_dims,
         scalings=scalings,
         experts=experts,
         gate=gate,

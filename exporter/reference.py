@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from exporter.adapters import AdapterSet, Expert, GateConfig, LoraDelta, Replacement
-from exporter.dynamic import replaced
+from exporter.dynamic import implemented, replaced
 from exporter.sites import SiteKind
 from runtime.manifest import TopkSoftmax
 
@@ -51,8 +51,9 @@ class LoopedModule(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         scalings = self.scalings.value[:, :, self.index]  # [1, T, E]
         base = result = self.base(x)
+        scalings = scalings.reshape(*result.shape[:-1], -1)  # OPT's MLP sees its tokens as [T, .]
         for e, delta in enumerate(self.deltas):
-            scaled = scalings[:, :, e, None] * self.factor
+            scaled = scalings[..., e, None] * self.factor
             if delta is not None and delta.magnitude is None:
                 result = result + self.delta(x, delta, scaled) * delta.scale
             elif delta is not None and scaled.any():
@@ -120,6 +121,9 @@ class Reference:
         """
         precise = copy.copy(self)
         precise.model = copy.deepcopy(self.model).double()
+        for module in precise.model.modules():
+            if hasattr(module, "reorder_and_upcast_attn"):  # GPT-2's, for fp16 only: it takes scores of fp32 alone
+                module.reorder_and_upcast_attn = False
         return precise
 
     def constant(self, row: Sequence[float] | Sequence[Sequence[float]], tokens: Sequence[int]) -> ReferenceResult:
@@ -198,13 +202,8 @@ class Reference:
 
     @contextmanager
     def _with(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-        attention = self.model.config._attn_implementation
-        self.model.config._attn_implementation = "eager"
-        try:
-            with replaced(self.model, modules):
-                yield
-        finally:
-            self.model.config._attn_implementation = attention
+        with implemented(self.model, "eager", "eager"), replaced(self.model, modules):
+            yield
 
 
 def _new_values(base: torch.Tensor, new: Replacement) -> torch.Tensor:

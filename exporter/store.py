@@ -14,7 +14,8 @@ import onnx_ir as ir
 import torch
 
 FOLDER = "weights"
-TRANSPOSED = ".T"  # ends the name of a matrix that lies transposed, [in, out]: that is how products read it
+# Ends the name of a matrix (or stack of matrices) that lies transposed, [.., in, out]: that is how products read it.
+TRANSPOSED = ".T"
 # Data starts on a page, so that a memory map of any tensor is aligned as well as the file can be.
 HEADER_ALIGNMENT = 4096
 
@@ -43,15 +44,20 @@ class Weight:
 
 
 def transposed(weight: Weight) -> Weight:
-    """A matrix the other way round, under NAME.T."""
-    return Weight(f"{weight.name}{TRANSPOSED}", weight.dtype, weight.shape[::-1], lambda: weight.load().T)
+    """A matrix, or each of a stack of them, the other way round, under NAME.T."""
+    return Weight(f"{weight.name}{TRANSPOSED}", weight.dtype, swapped(weight.shape), lambda: weight.load().mT)
 
 
 def upright(weight: Weight) -> Weight:
     """The same under NAME if it is a NAME.T, else as it is."""
     if not weight.name.endswith(TRANSPOSED):
         return weight
-    return Weight(weight.name.removesuffix(TRANSPOSED), weight.dtype, weight.shape[::-1], lambda: weight.load().T)
+    return Weight(weight.name.removesuffix(TRANSPOSED), weight.dtype, swapped(weight.shape), lambda: weight.load().mT)
+
+
+def swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape with its last two sizes exchanged."""
+    return (*shape[:-2], *reversed(shape[-2:]))
 
 
 def weight_from_tensor(name: str, tensor: torch.Tensor) -> Weight:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,9 @@ class BaseDescription:
     modules: Mapping[str, ModuleInfo]
     shapes: Mapping[str, tuple[int, ...]]  # of all parameters; a tied one under both its names
     tied_embeddings: bool
+    gate_width: int  # of the hidden states that the gate reads, which are what the head reads: OPT may project them
     files: tuple[Path, ...]  # safetensors, sorted
+    stored_names: Mapping[str, str] = field(default_factory=dict)  # our name -> the files', where those differ
     notes: tuple[str, ...] = ()
 
     @property
@@ -65,7 +68,7 @@ class BaseDescription:
 
     @property
     def hidden_size(self) -> int:
-        """The width of the hidden states the gate reads."""
+        """The width of the blocks."""
         return int(self.text_config.hidden_size)
 
 
@@ -78,7 +81,7 @@ def describe_base(reference: str) -> BaseDescription:
     model = _meta_model(config, folder)
     modules = {path: module_info(module) for path, module in model.named_modules() if path and is_leaf(module)}
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    _check_headers(files, shapes, folder)
+    stored_names = _check_headers(files, shapes, folder, _renaming(model))
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     return BaseDescription(
         reference=reference,
@@ -89,7 +92,9 @@ def describe_base(reference: str) -> BaseDescription:
         modules=modules,
         shapes=shapes,
         tied_embeddings=head is not None and head.weight is embedding.weight,
+        gate_width=int(config.get_text_config().hidden_size if head is None else head.weight.shape[1]),
         files=files,
+        stored_names=stored_names,
         notes=tuple(notes),
     )
 
@@ -99,12 +104,17 @@ def module_info(module: torch.nn.Module) -> ModuleInfo:
     name = type(module).__name__
     if isinstance(module, torch.nn.Linear):
         return ModuleInfo(ModuleKind.LINEAR, module.in_features, module.out_features, name)
-    if isinstance(module, torch.nn.Embedding):
+    if isinstance(module, torch.nn.Embedding) and _takes_ids_alone(module):
         return ModuleInfo(ModuleKind.EMBEDDING, module.num_embeddings, module.embedding_dim, name)
     if name == "Conv1D" and type(module).__module__.startswith("transformers."):
         rows, columns = module.weight.shape  # type: ignore[misc]
         return ModuleInfo(ModuleKind.CONV1D, int(rows), int(columns), name)
     return ModuleInfo(ModuleKind.OTHER, 0, 0, name)
+
+
+def _takes_ids_alone(module: torch.nn.Module) -> bool:
+    """Whether the module is called with ids only; OPT's positions, an Embedding too, come with a mask and an offset."""
+    return len(inspect.signature(module.forward).parameters) == 1
 
 
 def is_leaf(module: torch.nn.Module) -> bool:
@@ -155,12 +165,10 @@ def _check_raw(raw: dict[str, Any], path: Path, notes: list[str]) -> None:
             )
         )
     limits = dict.fromkeys(_SIZE_FIELDS, MAX_WIDTH) | dict.fromkeys(_COUNT_FIELDS, MAX_BLOCKS)
-    for field, most in limits.items():
-        value = raw.get(field)
+    for name, most in limits.items():
+        value = raw.get(name)
         if value is not None and not (type(value) is int and 0 < value <= most):
-            problems.append(
-                ExportError(f"field {field} is refused", where=where, got=shown(value), need=f"1 to {most}")
-            )
+            problems.append(ExportError(f"field {name} is refused", where=where, got=shown(value), need=f"1 to {most}"))
     raise_all(where, problems)
 
 
@@ -181,15 +189,37 @@ def _bad_config(path: Path, got: str) -> ExportError:
     )
 
 
-def _check_headers(files: tuple[Path, ...], shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+def _renaming(model: Any) -> Callable[[str], str]:
+    """What transformers calls a stored tensor once it is loaded: GPT-NeoX's files say embed_out, its model lm_head."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+
+    def renamed(key: str) -> str:
+        for renaming in renamings:
+            key = renaming.rename_source_key(key)[0]
+        return key
+
+    return renamed
+
+
+def _check_headers(
+    files: tuple[Path, ...], shapes: Mapping[str, tuple[int, ...]], folder: Path, renamed: Callable[[str], str]
+) -> dict[str, str]:
     """Every file is sound, every tensor a float, and those with a name of the model have its shape.
 
-    Other names are left to `load_base`: transformers renames and splits keys of some models.
+    Other names are left to `load_base`: transformers renames and splits keys of some models. Returns our name -> the
+    file's for those that are renamed only.
     """
     problems: list[InputError] = []
+    stored_names: dict[str, str] = {}
     for path in files:
         with gathering(problems), open_weights(path) as file:
-            for key, entry in file.entries.items():
+            for stored, entry in file.entries.items():
+                key = renamed(stored)
+                if key != stored and key in shapes:
+                    stored_names[key] = stored
                 if entry.dtype not in FLOAT_DTYPES and key in shapes:
                     what = f"tensor {shown(key)} is {entry.dtype}: quantised bases are not supported"
                     problems.append(ExportError(what, where=shown_path(path), code="E_BASE"))
@@ -204,3 +234,4 @@ def _check_headers(files: tuple[Path, ...], shapes: Mapping[str, tuple[int, ...]
                         )
                     )
     raise_all(shown_path(folder), shortened(problems))
+    return stored_names

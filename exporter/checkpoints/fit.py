@@ -162,14 +162,14 @@ def _other_base(origin: Origin, base: BaseDescription, notes: list[str]) -> Iter
 
 
 def _gate_problems(adapters: AdapterSet, base: BaseDescription) -> Iterator[ExportError]:
-    """The gate reads hidden_size values and gives E, or sites * E."""
+    """The gate reads what the head reads and gives E, or sites * E."""
     gate = adapters.gate
     if gate is None:
         return
     sites = len({path for expert in adapters.experts for path in expert.deltas})
     outputs = len(adapters.experts) * (sites if gate.layerwise else 1)
-    if gate.weights[0].shape[1] != base.hidden_size:
-        got, need = str(gate.weights[0].shape[1]), f"hidden_size {base.hidden_size} of the base"
+    if gate.weights[0].shape[1] != base.gate_width:
+        got, need = str(gate.weights[0].shape[1]), f"{base.gate_width}, the width of the base's last hidden state"
         yield ExportError("the gate's input does not fit the base", where="gate", got=got, need=need, code="E_FIT")
     if gate.weights[-1].shape[0] != outputs:
         need = f"{outputs} = {len(adapters.experts)} experts" + (f" x {sites} modules" if gate.layerwise else "")
@@ -213,7 +213,7 @@ def _base_keys(base_key: str, base: BaseDescription) -> set[str]:
     if base.tied_embeddings:
         twins = [path for path, module in base.modules.items() if module.kind is ModuleKind.EMBEDDING]
         names |= {f"{twins[0]}.weight", "lm_head.weight"}
-    return names - {""}
+    return {base.stored_names.get(name, name) for name in names - {""}}
 
 
 def _is_same(left: WeightsFile, left_key: str, right: WeightsFile, right_key: str) -> bool:

@@ -1,4 +1,4 @@
-"""Store matrices the way products read them: no engine has to transpose and copy them when it loads."""
+"""Store matrices, and stacks of them, the way products read them: no engine has to transpose and copy them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class TransposeWeightsPass(ir.passes.InPlacePass):
         for value in found:
             assert value.name is not None
             assert value.shape is not None
-            new = ir.Value(name=self.names[value.name], type=value.type, shape=ir.Shape(reversed(value.shape.dims)))
+            *stack, rows, columns = value.shape.dims
+            new = ir.Value(name=self.names[value.name], type=value.type, shape=ir.Shape((*stack, columns, rows)))
             graph.initializers.add(new)
             for use in list(value.uses()):
                 use.node.outputs[0].replace_all_uses_with(new)
@@ -33,12 +34,14 @@ class TransposeWeightsPass(ir.passes.InPlacePass):
 
 
 def _is_transposed(value: ir.Value) -> bool:
-    """Whether a matrix is read by Transpose alone, and never as an output."""
-    nodes = [use.node for use in value.uses()]
-    swaps = all(node.op_type == "Transpose" and _is_swap(node) for node in nodes)
-    return bool(nodes) and swaps and value.shape is not None and len(value.shape) == 2 and not value.is_graph_output()
+    """Whether a matrix, or a stack of them, is read by Transpose alone, and never as an output."""
+    nodes, rank = [use.node for use in value.uses()], 0 if value.shape is None else len(value.shape)
+    swaps = all(node.op_type == "Transpose" and _is_swap(node, rank) for node in nodes)
+    return bool(nodes) and rank >= 2 and swaps and not value.is_graph_output()
 
 
-def _is_swap(node: ir.Node) -> bool:
+def _is_swap(node: ir.Node, rank: int) -> bool:
+    """Whether the last two axes change places and no other moves."""
     perm = node.attributes.get("perm")
-    return (perm is None or list(perm.as_ints()) == [1, 0]) and not node.outputs[0].is_graph_output()
+    order = list(reversed(range(rank))) if perm is None else list(perm.as_ints())
+    return order == [*range(rank - 2), rank - 1, rank - 2] and not node.outputs[0].is_graph_output()

@@ -32,7 +32,19 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
     "phi3": {"original_max_position_embeddings": 128},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 48},
-}
+    # As opt-350m: norms after the blocks' parts, words narrower than the blocks, projected in and out.
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 24, "do_layer_norm_before": False},
+    "gpt_neox": {},
+    "gemma3_text": {
+        "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 64,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0},
+        },
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8},
+}  # fmt: skip
 NORMAL_PREFIX = "base_model.model."
 
 
@@ -45,7 +57,7 @@ def write_base(folder: Path, family: str = "llama", *, seed: int = 0, dtype: str
     # Default initialisation is so small that a tiny model hardly uses its attention.
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() >= 2:
                 parameter.mul_(4)
     model.save_pretrained(folder)
     return folder
@@ -136,7 +148,7 @@ def make_xlora(base: Path, experts: Sequence[Path] | Mapping[str, Path], *, seed
 
     model = load_model(base)
     adapters = experts if isinstance(experts, Mapping) else {str(key): path for key, path in enumerate(experts)}
-    settings = {"hidden_size": model.config.get_text_config().hidden_size, "xlora_size": 16} | config
+    settings = {"hidden_size": model.get_output_embeddings().in_features, "xlora_size": 16} | config
     xlora = XLoraConfig(task_type="CAUSAL_LM", adapters={key: str(path) for key, path in adapters.items()}, **settings)
     torch.manual_seed(seed)
     result = get_peft_model(model, xlora)

@@ -29,8 +29,7 @@ from exporter.errors import ExportError
 from exporter.spec import AdapterSource, CacheChoice
 from runtime.errors import UserError
 from tests.exporter.checkpoint_makers import edit_json, edit_tensors, load_model, write_base, write_lora
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2")
+from tests.exporter.tiny_builds import DECODERS
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +46,7 @@ def read(folder: Path) -> AdapterSet:
     return read_adapters([AdapterSource(folder)], None, topk_softmax=None, cache=CacheChoice.KV)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 def test_description_is_that_of_the_loaded_model(tmp_path: Path, family: str) -> None:
     folder = write_base(tmp_path / family, family)
     description = describe_base(str(folder))

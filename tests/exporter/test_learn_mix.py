@@ -69,7 +69,7 @@ def write_training(path: Path, tasks: Sequence[str], count: int) -> Path:
 # --- the network that is trained ---
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt", "gpt_neox", "gemma3_text", "mixtral"])
 def test_the_trained_network_is_the_reference(family: str, tmp_path: Path) -> None:
     """Every kind of module, one row a site: the logits of the oracle under the softmax of the mixture's logits."""
     base = write_lively_base(tmp_path / "base", family)

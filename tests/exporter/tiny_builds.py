@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from exporter.adapters import AdapterSet, Expert
 from exporter.build_bundle import build
@@ -26,7 +27,15 @@ from runtime.session import SessionSettings
 from tests.exporter.checkpoint_makers import edit_tensors, write_base, write_lora
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-FUSED = {"phi3": (("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj")), "gpt2": (("c_attn",), ("c_fc",))}
+# Attention, then MLP, where a family calls them otherwise; no LoRA may touch Mixtral's block experts.
+TARGETS = {
+    "phi3": (("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj")),
+    "gpt2": (("c_attn",), ("c_fc", "c_proj")),
+    "opt": (("q_proj", "k_proj", "v_proj", "out_proj"), ("fc1", "fc2", "project_in", "project_out")),
+    "gpt_neox": (("query_key_value", "dense"), ("dense_h_to_4h", "dense_4h_to_h")),
+    "mixtral": (("q_proj", "k_proj", "v_proj"), ("o_proj",)),
+}
+ENDS = {"gpt2": ("wte", "wpe", "lm_head"), "gpt_neox": ("embed_in", "lm_head")}
 
 
 def write_lively_base(folder: Path, family: str = "llama", *, seed: int = 0, **sizes: Any) -> Path:
@@ -45,14 +54,15 @@ def write_lively_base(folder: Path, family: str = "llama", *, seed: int = 0, **s
 
 def write_three_experts(folder: Path, base: Path, family: str = "llama", *, ends: bool = True) -> dict[str, Path]:
     """Experts of ranks 2, 3, 4: attention; attention and MLP; MLP and (with `ends`) embedding and lm_head."""
-    attention, mlp = FUSED.get(family, (ATTENTION, MLP))
+    attention, mlp = TARGETS.get(family, (ATTENTION, MLP))
     targets = {
         "math": attention,
         "code": (attention[0], *mlp),
-        "prose": (*mlp, "embed_tokens", "lm_head") if ends else mlp,
+        "prose": (*mlp, *ENDS.get(family, ("embed_tokens", "lm_head"))) if ends else mlp,
     }
+    turned = {"fan_in_fan_out": True} if family == "gpt2" else {}
     return {
-        name: write_lora(folder / name, base, modules, 2 + index, alpha=6 + index, seed=20 + index)
+        name: write_lora(folder / name, base, modules, 2 + index, alpha=6 + index, seed=20 + index, **turned)
         for index, (name, modules) in enumerate(targets.items())
     }
 
@@ -60,7 +70,7 @@ def write_three_experts(folder: Path, base: Path, family: str = "llama", *, ends
 def write_gate(folder: Path, base: Path, experts: Mapping[str, Path], *, sites: int = 1, **config: Any) -> Path:
     """A gate in PEFT's layout written by hand, for PEFT itself refuses experts on lm_head; `sites` > 1: layerwise."""
     folder.mkdir(parents=True)
-    hidden = json.loads((base / "config.json").read_text())["hidden_size"]
+    hidden = head_width(base)
     settings: dict[str, Any] = {
         "peft_type": "XLORA", "peft_version": "0.21.2", "hidden_size": hidden, "xlora_depth": 1, "xlora_size": 16,
         "xlora_dropout_p": 0.2, "layerwise_scalings": sites > 1, "base_model_name_or_path": str(base),
@@ -77,6 +87,12 @@ def write_gate(folder: Path, base: Path, experts: Mapping[str, Path], *, sites: 
         tensors[f"{name}.bias"] = torch.randn(widths[index + 1], generator=generator)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def head_width(base: Path) -> int:
+    """The width of the hidden states that a gate reads."""
+    config = AutoConfig.from_pretrained(base)
+    return int(getattr(config, "word_embed_proj_dim", config.hidden_size))
 
 
 def count_sites(experts: Mapping[str, Path]) -> int:
@@ -101,6 +117,15 @@ GATES: dict[str, dict[str, Any]] = {
     "phi3": {"scaling_pass_value": 0.3},
 }
 FAMILIES = tuple(GATES)
+# Families with something of their own: learned positions, fused projections, block experts, two ropes.
+GATES |= {
+    "gpt2": {"xlora_depth": 2, "scaling_pass_value": 0.3},
+    "opt": {"top_k_lora": 2},
+    "gpt_neox": {"layerwise_scalings": False},
+    "gemma3_text": {"softmax_temperature": 1.5},
+    "mixtral": {"enable_softmax": False, "top_k_lora": 2, "enable_softmax_topk": True},
+}
+DECODERS = tuple(GATES)
 
 
 def quick(adapters: tuple[AdapterSource, ...], base: Path) -> BuildSpec:
