@@ -21,6 +21,7 @@ class StepState:
     columns: Sequence[torch.Tensor] = ()  # per group [B, S, R]: the factor of every rank column; then DoRA's scalings
     logit_index: torch.Tensor | None = None  # [B, K]
     hidden: torch.Tensor | None = None  # [B, S, H] after the final norm
+    is_routed: torch.Tensor | None = None  # [B, 1, 1]: rows whose rank columns the sites' routers weigh
     down: dict[int, tuple[torch.Tensor, Sequence[torch.Tensor]]] = field(default_factory=dict)  # per group: x, parts
 
 
@@ -54,8 +55,16 @@ class Down(nn.Module):
     Small products do not keep two cores busy: on a CPU three of [in, 64] take twice as long as one of [in, 192].
     """
 
-    def __init__(self, group: Sequence[Site], number: int, state: StepState, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        group: Sequence[Site],
+        number: int,
+        state: StepState,
+        dtype: torch.dtype,
+        router: nn.Module | None = None,  # x, product, factors -> the share of every rank column, float32
+    ) -> None:
         super().__init__()
+        self.router = router
         self.path = joined_path([site.path for site in group])
         self.number = number
         self.state = state
@@ -70,12 +79,19 @@ class Down(nn.Module):
         """The factor of every rank column of the group: s . weights, [B, S, sum of R]."""
         return self.state.columns[self.number]
 
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        """The product under its factors; in routed rows also under the router's shares."""
+        product, factors = self.product(x), self.factors()
+        if self.router is not None:
+            assert self.state.is_routed is not None
+            factors = factors * torch.where(self.state.is_routed, self.router(x, product, factors), 1.0)
+        return product * factors.to(product.dtype)
+
     def forward(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """One [B, S, R] a site; the group's first site computes, the others find the result."""
         seen, parts = self.state.down.get(self.number, (None, ()))
         if seen is not x:
-            product = self.product(x)
-            gated = product * self.factors().to(product.dtype)
+            gated = self.gated(x)
             parts = gated.split(self.ranks, dim=-1) if len(self.ranks) > 1 else (gated,)
             self.state.down[self.number] = x, parts
         return parts
@@ -84,8 +100,15 @@ class Down(nn.Module):
 class EmbeddingDown(Down):
     """Token lookup in a, kept as [vocab, R]."""
 
-    def __init__(self, group: Sequence[Site], number: int, state: StepState, dtype: torch.dtype) -> None:
-        super().__init__(group, number, state, dtype)
+    def __init__(
+        self,
+        group: Sequence[Site],
+        number: int,
+        state: StepState,
+        dtype: torch.dtype,
+        router: nn.Module | None = None,
+    ) -> None:
+        super().__init__(group, number, state, dtype, router)
         self.lora_a = nn.Parameter(self.lora_a.T.contiguous(), requires_grad=False)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
@@ -182,14 +205,19 @@ DOWN: Mapping[SiteKind, type[Down]] = {
 
 
 def gated_modules(
-    bases: Mapping[str, nn.Module], groups: Sequence[Sequence[Site]], state: StepState, *, with_plugin: bool = False
+    bases: Mapping[str, nn.Module],
+    groups: Sequence[Sequence[Site]],
+    state: StepState,
+    *,
+    with_plugin: bool = False,
+    routers: Sequence[nn.Module | None] = (),  # of each group; none: no group has one
 ) -> dict[str, GatedModule | DoraModule]:
     """Path -> the module that stands in for the base module there; with a plugin every group is of one site."""
     modules: dict[str, GatedModule | DoraModule] = {}
     switched = [site.path for group in groups for site in group if site.doras]  # the order of Columns
     for number, group in enumerate(groups):
         dtype = next(bases[group[0].path].parameters()).dtype
-        down = DOWN[group[0].kind](group, number, state, dtype)
+        down = DOWN[group[0].kind](group, number, state, dtype, routers[number] if routers else None)
         for place, site in enumerate(group):
             base = bases[site.path]
             gated = _gated_class(base, site, with_plugin=with_plugin)(base, site, down, place)
