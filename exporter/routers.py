@@ -98,18 +98,18 @@ def routable_sites(sites: Sequence[Site], info: RouterInfo | None) -> Sequence[S
 
 
 def in_rank_one_terms(site: Site) -> Site:
-    """The same update with every expert's b a as its singular value decomposition: a holds v, b holds u.
+    """The same update with every expert's scale * b a as its singular value decomposition: a holds v, b u, weights d.
 
-    weights hold scale * d. With entries of the size of a unit vector's, neither a nor b loses digits in float16.
+    With entries of the size of a unit vector's, neither a nor b loses digits in float16.
     """
-    experts = experts_of(site)
-    parts = [terms_of(LowRank(site.a[columns].double(), site.b[:, columns].double())) for _, columns in experts]
+    experts, factors = experts_of(site), site.weights.sum(0).double()  # [R]: a column belongs to one expert
+    b = site.b.double() * factors
+    parts = [terms_of(LowRank(site.a[columns].double(), b[:, columns])) for _, columns in experts]
     ranks = tuple(len(part.strength) for part in parts)
     weights = torch.zeros(len(site.weights), sum(ranks))
     starts = accumulate(ranks, initial=0)
-    for (row, columns), part, start, rank in zip(experts, parts, starts, ranks, strict=False):
-        scale = float(site.weights[row, columns.start])
-        weights[row, start : start + rank] = (scale * part.strength).float()
+    for (row, _), part, start, rank in zip(experts, parts, starts, ranks, strict=False):
+        weights[row, start : start + rank] = part.strength.float()
     v, u = torch.cat([part.v for part in parts]), torch.cat([part.u for part in parts], dim=1)
     return replace(site, a=v.float(), b=u.float(), weights=weights, ranks=ranks)
 

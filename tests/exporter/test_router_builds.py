@@ -224,7 +224,8 @@ def test_rows_that_are_not_routed_are_those_of_a_model_without_router_to_the_bit
     scalings = torch.rand(2, 9, len(parts.sites), 3, generator=torch.Generator().manual_seed(1))
 
     def logits(router: RouterInfo | None, switches: torch.Tensor | None) -> torch.Tensor:
-        sites = routable_sites(parts.sites, case.info)  # rank-select stores a and b in another form
+        # rank-select stores a and b in another form
+        sites = parts.sites if router else routable_sites(parts.sites, case.info)
         with traced_model(parts.model, sites, None, CacheStyle.NONE, router=router) as model:
             return model(tokens, positions, None, scalings, switches, positions, ())[0]
 

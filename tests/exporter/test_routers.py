@@ -75,6 +75,8 @@ def test_rank_one_terms_are_the_same_update() -> None:
     for row in torch.eye(4):
         wanted = (site.b * (row @ site.weights)) @ site.a
         assert difference((terms.b * (row @ terms.weights)) @ terms.a, wanted) < NOISE
+    again = in_rank_one_terms(terms)
+    assert difference((again.b * again.weights.sum(0)) @ again.a, (terms.b * terms.weights.sum(0)) @ terms.a) < NOISE
     for lengths in (terms.a.norm(dim=1), terms.b.norm(dim=0)):
         assert difference(lengths, torch.ones(15)) < NOISE
 
