@@ -345,10 +345,10 @@ def test_rounded_builds_route_in_float32(tmp_path: Path, router: str, dtype: DTy
     base, experts = write_sources(tmp_path, router)
     spec = replace(quick(named_sources(experts), base), out=tmp_path / "bundle", router=ROUTERS[router], dtype=dtype)
     bundle = build(spec)
-    require_engine(bundle)
     graph = bundle.manifest.graphs[0]
     assert graph.signature.output("logits").dtype == dtype  # type: ignore[union-attr]
     if dtype is DType.FLOAT16:
+        require_engine(bundle)
         want = RoutedReference(Reference(*_parts(spec)), graph.router).run(PROMPTS[1])  # type: ignore[arg-type]
         got = torch.from_numpy(prefill(bundle, PROMPTS[1]))
         assert float((got - want.logits).abs().mean()) < 0.05 < float(want.logits.abs().mean())
