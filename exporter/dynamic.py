@@ -15,8 +15,10 @@ from exporter.errors import ExportError
 from exporter.gate import Gate
 from exporter.gated import Columns, StepState, gated_modules, pick
 from exporter.moe import EXPERTS_NAME
+from exporter.routers import make_router, routable_sites
 from exporter.sites import Site, SiteKind
 from runtime.errors import UserError
+from runtime.routers import RouterInfo
 from runtime.signature import CacheStyle
 
 
@@ -53,11 +55,13 @@ class TracedModel(nn.Module):
         position_ids: torch.Tensor,  # [B, S]
         cache_lengths: torch.Tensor | None,  # [B]
         scalings: torch.Tensor | None,  # [B, S, G, E]
+        router: torch.Tensor | None,  # [B]
         logit_index: torch.Tensor,  # [B, K]
         past: Sequence[torch.Tensor],  # per block: keys, values [B, Hkv, C, D]
     ) -> tuple[torch.Tensor, ...]:
         self.state.logit_index = logit_index
         self.state.down.clear()
+        self.state.is_routed = None if router is None else (router > 0.5)[:, None, None]
         if self.columns is not None and scalings is not None:
             self.state.columns = self.columns(scalings)
         cache = CacheState(past, cache_lengths, input_ids.shape[1], self.cache)
@@ -85,16 +89,20 @@ def traced_model(
     *,
     shared: bool = False,
     with_plugin: bool = False,
+    router: RouterInfo | None = None,
 ) -> Iterator[TracedModel]:
     """The model with its sites gated, its head picking and its attention reading session-owned caches.
 
     `shared`: all sites read the same scalings (G = 1). `with_plugin`: each update is one node of ours.
+    `router`: every site also has this router, for rows that switch it on.
     """
     state = StepState()
+    sites = routable_sites(sites, router)
     groups = [[site] for site in sites] if with_plugin else grouped_by_input(model, sites)
     columns = Columns(groups, sites[0].weights.shape[0], shared=shared) if sites else None
+    routers = [make_router(group, router) for group in groups]
     bases = {site.path: model.get_submodule(site.path) for site in sites}
-    modules: dict[str, nn.Module] = {**gated_modules(bases, groups, state, with_plugin=with_plugin)}
+    modules: dict[str, nn.Module] = {**gated_modules(bases, groups, state, with_plugin=with_plugin, routers=routers)}
     head = head_path(model)
     modules[head] = PickingHead(modules.get(head, model.get_submodule(head)), state)
     with implemented(model, ATTENTION_NAME, EXPERTS_NAME), replaced(model, modules):

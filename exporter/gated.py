@@ -21,6 +21,7 @@ class StepState:
     columns: Sequence[torch.Tensor] = ()  # per group [B, S, R]: the factor of every rank column; then DoRA's scalings
     logit_index: torch.Tensor | None = None  # [B, K]
     hidden: torch.Tensor | None = None  # [B, S, H] after the final norm
+    is_routed: torch.Tensor | None = None  # [B, 1, 1]: rows whose rank columns the sites' routers weigh
     down: dict[int, tuple[torch.Tensor, Sequence[torch.Tensor]]] = field(default_factory=dict)  # per group: x, parts
 
 
@@ -54,8 +55,16 @@ class Down(nn.Module):
     Small products do not keep two cores busy: on a CPU three of [in, 64] take twice as long as one of [in, 192].
     """
 
-    def __init__(self, group: Sequence[Site], number: int, state: StepState, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        group: Sequence[Site],
+        number: int,
+        state: StepState,
+        dtype: torch.dtype,
+        router: nn.Module | None = None,  # x, product, factors -> the share of every rank column, float32
+    ) -> None:
         super().__init__()
+        self.router = router
         self.path = joined_path([site.path for site in group])
         self.number = number
         self.state = state
@@ -70,12 +79,20 @@ class Down(nn.Module):
         """The factor of every rank column of the group: s . weights, [B, S, sum of R]."""
         return self.state.columns[self.number]
 
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        """The product under its factors; in routed rows also under the router's shares."""
+        product, factors = self.product(x), self.factors()
+        if self.router is not None:
+            assert self.state.is_routed is not None
+            shares = self.router(tokens_of(x, factors), tokens_of(product, factors), factors)
+            factors = factors * torch.where(self.state.is_routed, shares, 1.0)
+        return product * rows_of(factors, product).to(product.dtype)
+
     def forward(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """One [B, S, R] a site; the group's first site computes, the others find the result."""
         seen, parts = self.state.down.get(self.number, (None, ()))
         if seen is not x:
-            product = self.product(x)
-            gated = product * rows_of(self.factors(), product).to(product.dtype)
+            gated = self.gated(x)
             parts = gated.split(self.ranks, dim=-1) if len(self.ranks) > 1 else (gated,)
             self.state.down[self.number] = x, parts
         return parts
@@ -84,8 +101,15 @@ class Down(nn.Module):
 class EmbeddingDown(Down):
     """Token lookup in a, kept as [vocab, R]."""
 
-    def __init__(self, group: Sequence[Site], number: int, state: StepState, dtype: torch.dtype) -> None:
-        super().__init__(group, number, state, dtype)
+    def __init__(
+        self,
+        group: Sequence[Site],
+        number: int,
+        state: StepState,
+        dtype: torch.dtype,
+        router: nn.Module | None = None,
+    ) -> None:
+        super().__init__(group, number, state, dtype, router)
         self.lora_a = nn.Parameter(self.lora_a.T.contiguous(), requires_grad=False)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
@@ -187,14 +211,19 @@ DOWN: Mapping[SiteKind, type[Down]] = {
 
 
 def gated_modules(
-    bases: Mapping[str, nn.Module], groups: Sequence[Sequence[Site]], state: StepState, *, with_plugin: bool = False
+    bases: Mapping[str, nn.Module],
+    groups: Sequence[Sequence[Site]],
+    state: StepState,
+    *,
+    with_plugin: bool = False,
+    routers: Sequence[nn.Module | None] = (),  # of each group; none: no group has one
 ) -> dict[str, GatedModule | DoraModule]:
     """Path -> the module that stands in for the base module there; with a plugin every group is of one site."""
     modules: dict[str, GatedModule | DoraModule] = {}
     switched = [site.path for group in groups for site in group if site.doras]  # the order of Columns
     for number, group in enumerate(groups):
         dtype = next(bases[group[0].path].parameters()).dtype
-        down = DOWN[group[0].kind](group, number, state, dtype)
+        down = DOWN[group[0].kind](group, number, state, dtype, routers[number] if routers else None)
         for place, site in enumerate(group):
             base = bases[site.path]
             gated = _gated_class(base, site, with_plugin=with_plugin)(base, site, down, place)
@@ -213,6 +242,11 @@ def _gated_class(base: nn.Module, site: Site, *, with_plugin: bool) -> type[Gate
 def rows_of(factors: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Factors [B, S, R] for a module that sees its tokens as [B * S, .], as OPT's MLP does; else as they are."""
     return factors if factors.dim() == like.dim() else factors.flatten(end_dim=-2)
+
+
+def tokens_of(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The other way round: what such a module sees, [B * S, .], as [B, S, .]."""
+    return x if x.dim() == like.dim() else x.unflatten(0, like.shape[:2])
 
 
 def pick(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

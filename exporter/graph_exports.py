@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from exporter.graphs import OPSETS, Exported, GraphPlan, export_graph
 from exporter.merges.merge import SiteMerge, settled
 from exporter.model_facts import signature_shape
 from exporter.parts import Parts
+from exporter.router_choice import settled_router
 from exporter.sites import Site
 from exporter.spec import BuildSpec, CacheChoice, DType, OpChoice, VariantSpec
 from exporter.static import (
@@ -56,7 +58,9 @@ def export_dynamic(parts: Parts, spec: BuildSpec, dtype: DType, store: WeightSto
         dtype=dtype,
         cache=cache_style(spec),
     )
-    plan = GraphPlan("dynamic", signature_from_shape(shape), spec.emit, parts.sites, gate, spec.site_op)
+    router = settled_router(spec, parts.inputs.adapters)
+    signature = signature_from_shape(replace(shape, router=router is not None))
+    plan = GraphPlan("dynamic", signature, spec.emit, parts.sites, gate, spec.site_op, router)
     return Exported(
         graph_info(plan, Mode.DYNAMIC, None, plugins_of(spec, gate)), export_graph(parts.model, plan, store), store
     )
@@ -123,5 +127,6 @@ def graph_info(plan: GraphPlan, mode: Mode, mix: dict[str, float] | None, plugin
         path=f"{plan.name}.onnx",
         signature=plan.signature,
         mix=mix,
+        router=plan.router,
         plugins=plugins,
     )

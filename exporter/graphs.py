@@ -20,6 +20,7 @@ from exporter.spec import OpChoice
 from exporter.store import TRANSPOSED, Weight, WeightStore, transposed, weight_from_tensor
 from exporter.trace import trace
 from runtime.manifest import Emit, GraphInfo
+from runtime.routers import RouterInfo
 from runtime.signature import SCALINGS, Signature
 
 OPSETS = {Emit.PORTABLE: 18, Emit.MODERN: 24}
@@ -39,6 +40,7 @@ class GraphPlan:
     sites: Sequence[Site] = ()
     gate: Gate | None = None
     site_op: OpChoice = OpChoice.OPS
+    router: RouterInfo | None = None
     changed: Mapping[str, Weight] = field(default_factory=dict)
     partners: Mapping[str, str] = field(default_factory=dict)
 
@@ -65,6 +67,7 @@ def export_graph(model: PreTrainedModel, plan: GraphPlan, store: WeightStore) ->
             plan.signature.cache_style,
             shared=is_shared(plan),
             with_plugin=plan.site_op is OpChoice.PLUGIN,
+            router=plan.router,
         ) as traced,
     ):
         weights = named_weights(base_names, traced)
@@ -99,7 +102,7 @@ def initializers(graph: ir.Model, tensors: Mapping[str, Weight]) -> dict[str, tu
 
 def named_weights(base_names: Mapping[int, str], traced: TracedModel) -> dict[str, tuple[str, torch.Tensor]]:
     """Traced name -> (our name, tensor): base names as in the checkpoint; SITES.lora_a, SITE.lora_b, SITE.out_shift,
-    columns.*, gate.*.
+    SITES.prototypes and SITES.owners of a router, columns.*, gate.*.
 
     `base_names` maps parameter identity to its name in the plain model; a tied weight is one under its first name.
     """
@@ -107,6 +110,8 @@ def named_weights(base_names: Mapping[int, str], traced: TracedModel) -> dict[st
     for module in traced.modules():
         if isinstance(module, Down):
             names[id(module.lora_a)] = f"{module.path}.lora_a"
+            if module.router is not None:
+                names |= {id(value): f"{module.path}.{name}" for name, value in module.router.named_parameters()}
         elif isinstance(module, DoraModule):
             names[id(module.out_shift)] = f"{module.path}.out_shift"
         elif isinstance(module, GatedModule):

@@ -9,6 +9,7 @@ from pathlib import Path
 from exporter.adapters import AdapterSet, Expert
 from exporter.checkpoints import (
     BaseDescription,
+    ModuleKind,
     base_reference,
     check_against_base,
     check_half_range,
@@ -19,6 +20,7 @@ from exporter.checkpoints import (
 from exporter.errors import ExportError
 from exporter.merges.merge import settled
 from exporter.model_facts import refuse_untraceable, untying_notes
+from exporter.router_choice import check_router, require_input_vectors, routed_adapters
 from exporter.spec import BuildSpec, CacheChoice, DType
 from exporter.static import mix_rows
 from exporter.variants import check_variants, require_foldable, require_switchable, row_variants, static_variants
@@ -47,13 +49,17 @@ def read_inputs(spec: BuildSpec) -> Inputs:
         check_half_range(adapters, largest_weights(spec))
     if Mode.DYNAMIC in spec.modes:
         require_switchable(adapters.experts)
+    embeddings = {path for path, info in base.modules.items() if info.kind is ModuleKind.EMBEDDING}
+    require_input_vectors(spec, adapters.experts, embeddings)
+    adapters, routed = routed_adapters(spec, adapters)
     check_variants(spec, adapters)
     touched = {path for expert in adapters.experts for path in expert.deltas}
     mixed = check_mix(spec, adapters, touched)
     touched |= {
         name.rpartition(".")[0] for e in adapters.experts for name, new in e.replacements.items() if not new.rows
     }
-    return Inputs(adapters, base, (*adapters.notes, *base.notes, *notes, *untying_notes(base, touched), *mixed))
+    said = (*adapters.notes, *base.notes, *notes, *untying_notes(base, touched), *routed, *mixed)
+    return Inputs(adapters, base, said)
 
 
 def largest_weights(spec: BuildSpec) -> dict[str, float]:
@@ -109,6 +115,7 @@ def check_spec(spec: BuildSpec) -> None:
         )
     if settled(spec.merge).method is not MergeMethod.LINEAR and not static_variants(spec):
         raise ExportError("only static graphs have merged experts", where="--merge", fix="add --mode static and --mix")
+    check_router(spec)
     if spec.save_adapter is not None:
         if spec.mix is None:
             raise ExportError("what is saved is the mix", where="--save-adapter", fix="add --mode static and --mix")

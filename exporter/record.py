@@ -17,6 +17,7 @@ from exporter.parts import Parts, load_parts, make_verification
 from exporter.prompts import encode_prompts
 from exporter.reference import Reference, ReferenceResult
 from exporter.rounding import round_model
+from exporter.router_ties import router_ties
 from exporter.spec import BuildSpec, DType
 from exporter.tokenizer import load_tokenizer
 from exporter.verification import Verification
@@ -137,7 +138,9 @@ def record_case(
     scenario: Scenario, other: Scenario | None, texts: Sequence[GivenText]
 ) -> tuple[RecordedCase, list[Answer]]:
     """The reference's answers, the noise and what the experts change, over one scenario."""
-    answers = [answer_of(scenario.reference(text.tokens), text) for text in texts]
+    results = [scenario.reference(text.tokens) for text in texts]
+    answers = [answer_of(result, text) for result, text in zip(results, texts, strict=True)]
+    ties = [router_ties(result) for result in results]
     base = [answer_of(scenario.base(text.tokens), text) for text in texts]
     noisy = answers if other is None else [answer_of(other.reference(text.tokens), text) for text in texts]
     matters = max(float(np.abs(a.logits - b.logits).max()) for a, b in zip(answers, base, strict=True))
@@ -146,9 +149,13 @@ def record_case(
         name=scenario.name,
         row=None if row is None else tuple(tuple(site) for site in row.astype(np.float64).tolist()),
         is_gated=scenario.is_gated,
+        is_routed=scenario.is_routed,
         noise=noise_between(answers, noisy),
         adapters_matter=matters,
-        texts=tuple(RecordedText(prompt=text.prompt, tokens=text.tokens) for text in texts),
+        texts=tuple(
+            RecordedText(prompt=text.prompt, tokens=text.tokens, ties=tied)
+            for text, tied in zip(texts, ties, strict=True)
+        ),
     )
     return case, answers
 

@@ -25,10 +25,14 @@ from runtime.manifest import TopkSoftmax
 
 @dataclass(frozen=True, slots=True)
 class ReferenceResult:
-    """One sequence: logits [T, V] and, with a gate, the scalings the gate gave [T, G, E]."""
+    """One sequence: logits [T, V] and, with a gate, the scalings the gate gave [T, G, E].
+
+    `margin` [T] with a router inside the sites: the closest of each token's choices, relative to what was kept last.
+    """
 
     logits: torch.Tensor
     gate: torch.Tensor | None
+    margin: torch.Tensor | None = None
 
 
 class _Scalings:
@@ -141,6 +145,10 @@ class Reference:
             )
             for path, delta in deltas.items()
         }
+        return self.substituted(modules, tokens)
+
+    def substituted(self, modules: Mapping[str, nn.Module], tokens: Sequence[int]) -> ReferenceResult:
+        """One pass with these modules in place of those at their paths."""
         with self._with(modules):
             return ReferenceResult(self._forward(tokens)[0], None)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from runtime.engines import Target
 from runtime.manifest import Emit, MergeInfo, MixInfo, Mode, TopkSoftmax, VerifyLevel
+from runtime.routers import RouterKind
 
 
 class DType(StrEnum):
@@ -57,6 +58,18 @@ class AdapterSource:
     key: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class RouterSpec:
+    """Which router a dynamic graph has, with those of its settings that were given; None: the default."""
+
+    kind: RouterKind
+    keep: float | None = None  # rank-select: share of a site's rank-one terms
+    top_k: int | None = None  # arrow: experts of a token
+    temperature: float | None = None  # arrow
+    seed: int | None = None  # arrow
+    general: tuple[str, ...] = ()  # arrow: adapters whose mean is subtracted from the others
+
+
 class Per(StrEnum):
     """What has weights of its own in a learned mix."""
 
@@ -95,6 +108,7 @@ class BuildSpec:
     merge: MergeInfo = field(default_factory=MergeInfo)  # how a static mix becomes one update a module
     save_adapter: Path | None = None  # the merged update of "static", as a PEFT LoRA folder
     variants: tuple[VariantSpec, ...] = ()  # named ones, besides the base, each expert and the gate
+    router: RouterSpec | None = None  # None: the gate where there is one, else none
     out: Path | None = None  # None: ./NAME-MODE
     emit: Emit = Emit.PORTABLE
     dtype: DType = DType.FLOAT32

@@ -17,6 +17,7 @@ from runtime.signature import (
     INPUT_IDS,
     LOGIT_INDEX,
     POSITION_IDS,
+    ROUTER,
     SCALINGS,
     Signature,
     TensorSpec,
@@ -60,7 +61,7 @@ def example_inputs(signature: Signature) -> dict[str, Any]:
 
 def _as_arguments(signature: Signature, values: dict[str, Any]) -> dict[str, Any]:
     """Values by input name -> the arguments of `TracedModel.forward`."""
-    named = (INPUT_IDS, POSITION_IDS, CACHE_LENGTHS, SCALINGS, LOGIT_INDEX)
+    named = (INPUT_IDS, POSITION_IDS, CACHE_LENGTHS, SCALINGS, ROUTER, LOGIT_INDEX)
     past = [values[carry.input] for carry in signature.carries]
     return {**{name: values.get(name) for name in named}, "past": past}
 

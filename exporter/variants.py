@@ -17,8 +17,9 @@ from runtime.errors import InputError, raise_all
 from runtime.manifest import AdapterKind, MixInfo, Mode, Strict, VariantInfo, VariantKind, is_expert_name
 from runtime.mix import BASE, require_unmixed
 from runtime.mix_file import mix_from_word, scalings_from_file
+from runtime.routers import RouterKind
 
-XLORA, STATIC, DYNAMIC = "xlora", "static", "dynamic"  # the gate's variant; names of graphs
+XLORA, STATIC, DYNAMIC = RouterKind.XLORA.value, "static", "dynamic"  # the gate's variant; names of graphs
 MAX_BYTES = 1 << 20
 YAML = (".yaml", ".yml")  # any other file is JSON
 
@@ -77,6 +78,12 @@ def row_variants(spec: BuildSpec) -> tuple[VariantSpec, ...]:
     return tuple(variant for variant in spec.variants if not variant.is_static)
 
 
+def in_site_router(spec: BuildSpec) -> str | None:
+    """The name of the variant that the router inside the sites makes, where the dynamic graph has one."""
+    router = spec.router
+    return None if router is None or router.kind is RouterKind.XLORA else router.kind.value
+
+
 def check_variants(spec: BuildSpec, adapters: AdapterSet) -> None:
     """Refuse names that are taken, mixes that cannot be, and rows without a graph that takes them."""
     experts = [expert.name for expert in adapters.experts]
@@ -103,7 +110,9 @@ def check_variants(spec: BuildSpec, adapters: AdapterSet) -> None:
 
 def _name_problems(spec: BuildSpec, experts: Sequence[str], *, has_gate: bool) -> Iterator[InputError]:
     """Names of variants and of the static graphs' files, each once."""
-    implicit = [BASE, *experts, *([XLORA] if has_gate else [])] if Mode.DYNAMIC in spec.modes else []
+    router = in_site_router(spec)
+    routed = [*([XLORA] if has_gate else []), *([router] if router else [])]
+    implicit = [BASE, *experts, *routed] if Mode.DYNAMIC in spec.modes else []
     for name in sorted({name for name in implicit if implicit.count(name) > 1}):
         fix = "give the expert another name: NAME=DIR"
         yield ExportError(f"an expert is called {name}, as a variant of every such bundle is", fix=fix)
@@ -173,6 +182,8 @@ def variant_infos(spec: BuildSpec, adapters: AdapterSet) -> tuple[VariantInfo, .
     dynamic = [VariantInfo(name=row.name, kind=VariantKind.MIX, graph=DYNAMIC, mix=row.mix) for row in rows]
     if adapters.gate is not None:
         dynamic.append(VariantInfo(name=XLORA, kind=VariantKind.GATE, graph=DYNAMIC, mix=None))
+    if (router := in_site_router(spec)) is not None:
+        dynamic.append(VariantInfo(name=router, kind=VariantKind.ROUTER, graph=DYNAMIC, mix=None))
     return (
         *(dynamic if Mode.DYNAMIC in spec.modes else ()),
         *(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from exporter.gate import scaling_pass_row
 from exporter.plain_merges import mapped, plain_merge
 from exporter.prompts import encode_prompts
 from exporter.reference import Reference, ReferenceResult
+from exporter.routed_reference import RoutedReference
+from exporter.router_ties import router_ties
 from exporter.spec import BuildSpec
 from exporter.variants import row_variants
 from exporter.verify import (
@@ -40,6 +43,7 @@ from runtime.manifest import (
 )
 from runtime.mix_file import scalings_from_file
 from runtime.replay import replay
+from runtime.routers import RouterInfo
 from runtime.session import Session, SessionSettings
 from runtime.signature import SCALINGS
 from runtime.text import Text
@@ -98,7 +102,8 @@ class Verification:
             singles = [[float(e == i) for e in range(n)] for i in range(n)]
             names = [f"expert {expert.name}" for expert in experts]
             alone = [self._constant(*pair, width) for pair in zip(names, singles, strict=True)]
-            return [*([*mixes, base, *alone] if mixes else [*alone, base]), *self.named(graph)]
+            routed = [self._routed(graph.router, width)] if graph.router is not None else []
+            return [*routed, *([*mixes, base, *alone] if mixes else [*alone, base]), *self.named(graph)]
         row = np.tile(scaling_pass_row(gate, n).numpy(), (width, 1)).astype(np.float32)
         per_length = gate.softmax_topk and gate.topk_softmax is TopkSoftmax.FLATTENED
         gated = Scenario(
@@ -111,6 +116,20 @@ class Verification:
             self._precise(lambda r, ids: widened(r.gated(ids), width)),
         )
         return [gated, *mixes, base, *self.named(graph)]
+
+    def _routed(self, info: RouterInfo, width: int) -> Scenario:
+        """The router inside the sites, every expert with scaling 1."""
+        oracle = cache(lambda reference: RoutedReference(reference, info))
+        return Scenario(
+            info.kind,
+            np.ones((width, len(self.adapters.experts)), np.float32),
+            False,
+            False,
+            lambda ids: oracle(self.reference).run(ids),
+            self._base,
+            self._precise(lambda reference, ids: oracle(reference).run(ids)),
+            is_routed=True,
+        )
 
     def named(self, graph: GraphInfo) -> list[Scenario]:
         """One for each mix that `--variants` names, on the graph that takes it as scalings."""
@@ -185,14 +204,14 @@ class Verification:
         self, session: Session, graph: GraphInfo, scenario: Scenario, prompt: Sequence[int], tokens: int
     ) -> GoldenCase:
         """One prompt's answer, with limits no closer than the model's own fp32 noise on it."""
-        how = {"is_gated": scenario.is_gated, "per_length": scenario.per_length}
-        [run] = replay(session, [prompt], tokens, scenario.row, **how)
-        noise = Noise()
+        how = {"per_length": scenario.per_length, "is_routed": scenario.is_routed}
+        [run] = replay(session, [prompt], tokens, scenario.row, is_gated=scenario.is_gated, **how)
+        noise, fed = Noise(), run.tokens[:-1]
         if scenario.precise is not None and self.level is VerifyLevel.FULL:
-            fed = run.tokens[:-1]
             noise = noise_between(scenario.reference(fed), scenario.precise(fed))
+        ties = router_ties(scenario.reference(fed)) if scenario.is_routed else ()
         limits = GoldenLimits.of(self.spec.dtype, noise.logits, noise.gate)
-        return case_from_replay(graph.name, scenario.row, run, limits, per_length=scenario.per_length)
+        return case_from_replay(graph.name, scenario.row, run, limits, ties=ties, **how)
 
     def _unverified(self, graph: GraphInfo) -> VerifyReport:
         return VerifyReport(

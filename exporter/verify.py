@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from exporter.errors import VerifyError
 from exporter.reference import ReferenceResult
+from exporter.router_ties import before_tie
 from runtime.manifest import Check, VerifyLevel, VerifyReport
 from runtime.measures import Worst
 from runtime.replay import Replay, replay
@@ -24,6 +25,7 @@ LOGITS_LIMIT = 1e-3  # |d| / (1 + |ref|)
 GATE_LIMIT = 1e-5  # |d| / max(1, |ref|): without softmax scalings have any size
 KLD_LIMIT = 1e-7  # mean over positions, nats, f64
 FLIP_MARGIN = 1e-3  # an argmax may flip only where the reference's top two lie closer than this
+TIED_SHARE = 0.5  # of the positions under a router inside the sites may come after a tie of it
 TIE_MARGIN = 1e-4  # greedy tokens may differ only at ties closer than this
 BATCH = 4  # prompts of different lengths share a batch, as users' will
 
@@ -54,6 +56,7 @@ class Scenario:
     reference: Callable[[Sequence[int]], ReferenceResult]
     base: Callable[[Sequence[int]], ReferenceResult]
     precise: Callable[[Sequence[int]], ReferenceResult] | None = None  # with fp64 products; None: too large a model
+    is_routed: bool = False  # by the router inside the sites
 
 
 @dataclass(slots=True)
@@ -71,6 +74,8 @@ class Measures:
     prefill: int = 0
     decoded: int = 0
     gated: int = 0  # prompts whose gate was compared
+    routed: int = 0  # positions under a router inside the sites
+    tied: int = 0  # of these, such that came after a tie of the router, and were not compared
     prompts: int = 0
 
 
@@ -91,6 +96,7 @@ def verify_graph(
                 scenario.row,
                 is_gated=scenario.is_gated,
                 per_length=scenario.per_length,
+                is_routed=scenario.is_routed,
             )
             for run in runs:
                 compare(run, scenario, measures)
@@ -107,11 +113,17 @@ def compare(run: Replay, scenario: Scenario, measures: Measures) -> None:
     """Add one prompt's differences to the measures."""
     fed = run.tokens[:-1]
     expected = scenario.reference(fed)
-    found = differences(run, scenario, expected, Noise())
+    compared = before_tie(torch.from_numpy(run.logits), expected)
+    found = differences(run, scenario, expected, Noise()).until(compared, run.prompt)
     if found.is_over() and scenario.precise is not None:
-        found = differences(run, scenario, expected, noise_between(expected, scenario.precise(fed)))
-    found.add_to(measures, f"{scenario.name}, prompt {measures.prompts}", run.prompt)
-    measures.positions += len(fed)
+        noise = noise_between(expected, scenario.precise(fed))
+        found = differences(run, scenario, expected, noise).until(compared, run.prompt)
+    if compared:
+        found.add_to(measures, f"{scenario.name}, prompt {measures.prompts}", run.prompt)
+    measures.positions += compared
+    if scenario.is_routed:
+        measures.routed += len(fed)
+        measures.tied += len(fed) - compared
     measures.prompts += 1
     measures.prefill += run.prompt
     measures.decoded += len(fed) - run.prompt
@@ -135,8 +147,11 @@ MARGIN_FACTOR = 6.0  # twice three: both of the top two logits may move
 
 def noise_between(single: ReferenceResult, precise: ReferenceResult) -> Noise:
     """The largest differences over a prompt."""
-    truth = precise.logits.double()
-    apart = (single.logits.double() - truth).abs()
+    count = before_tie(precise.logits, single)  # the same ties as of the graph
+    if not count:
+        return Noise()
+    truth = precise.logits[:count].double()
+    apart = (single.logits[:count].double() - truth).abs()
     gate = 0.0
     if single.gate is not None and precise.gate is not None:
         gate = float(gate_difference(single.gate.double(), precise.gate.double()).max())
@@ -159,6 +174,17 @@ class Differences:
         """Whether anything is beyond its limit."""
         gate = self.gate is not None and not bool((self.gate <= self.gate_limit).all())
         return gate or not bool((self.logits <= self.logits_limit).all()) or bool(self.flips.any() or self.wrong.any())
+
+    def until(self, count: int, prompt: int) -> Differences:
+        """Those of the first `count` positions; a new token comes from the position before it."""
+        return replace(
+            self,
+            logits=self.logits[:count],
+            kld=self.kld[:count],
+            gate=None if self.gate is None else self.gate[:count],
+            flips=self.flips[:count],
+            wrong=self.wrong[: max(count - prompt + 1, 0)],
+        )
 
     def add_to(self, measures: Measures, label: str, prompt: int) -> None:
         """Keep what is worse than what was seen before."""
@@ -241,6 +267,7 @@ def report_from_measures(measures: Measures, graph: str, level: VerifyLevel, sta
         ("kld_mean", Worst(KLD_LIMIT, mean, measures.kld.where)),
         ("argmax_flips", measures.flips),
         ("greedy_tokens", measures.tokens),
+        *([("router_ties", Worst(TIED_SHARE, measures.tied / measures.routed))] if measures.routed else []),
     ]
     checks = tuple(worst.check(name) for name, worst in rows)
     return VerifyReport(

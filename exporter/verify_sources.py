@@ -15,13 +15,14 @@ from exporter.graphs import Exported
 from exporter.inputs import read_inputs
 from exporter.parts import Parts, load_parts, make_verification
 from exporter.rounding import require_rounded
-from exporter.spec import BuildSpec, CacheChoice, DType, ScalingsChoice, VariantSpec
+from exporter.spec import BuildSpec, CacheChoice, DType, RouterSpec, ScalingsChoice, VariantSpec
 from exporter.store import WeightStore
 from exporter.tokenizer import load_tokenizer
 from exporter.variants import STATIC
 from runtime.bundle import Bundle
 from runtime.manifest import Check, GraphInfo, Manifest, MergeInfo, MixInfo, Mode
 from runtime.mix import BASE
+from runtime.routers import RouterKind
 from runtime.signature import SCALINGS, CacheStyle
 
 
@@ -62,6 +63,7 @@ def spec_from_manifest(manifest: Manifest, sources: BuildSpec) -> BuildSpec:
             *(VariantSpec(name, mix, is_static=True) for name, mix in folded.items()),
         ),
         scalings=scalings_of(dynamic, len(manifest.sites)) if dynamic else None,
+        router=router_of(dynamic) if dynamic else None,
         emit=first.emit,
         dtype=DType(manifest.base.dtype),
         cache=CacheChoice.NONE if first.signature.cache_style is CacheStyle.NONE else CacheChoice.KV,
@@ -75,6 +77,12 @@ def named_rows(manifest: Manifest) -> Iterator[VariantSpec]:
     for variant in manifest.variants:
         if variant.mix is not None and variant.name not in implicit:
             yield VariantSpec(variant.name, variant.mix)
+
+
+def router_of(graph: GraphInfo) -> RouterSpec | None:
+    """The router inside this graph's sites, as it was asked for; a gate needs no asking."""
+    info = graph.router
+    return None if info is None else RouterSpec(RouterKind(info.kind), **info.model_dump(exclude={"kind"}))
 
 
 def scalings_of(graph: GraphInfo, sites: int) -> ScalingsChoice:

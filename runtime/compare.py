@@ -10,8 +10,8 @@ import numpy as np
 from runtime.errors import InputError
 from runtime.manifest import Check, Mode
 from runtime.measures import Wide, Worst, divergence, flips, gate_difference, logit_difference
-from runtime.recording import RecordedCase, RecordedNoise, Recording
-from runtime.replay import Answer, GivenText, replay_given
+from runtime.recording import RecordedCase, RecordedNoise, RecordedText, Recording
+from runtime.replay import Answer, Floats, GivenText, replay_given
 from runtime.session import Session
 
 BATCH = 4  # prompts that run together: what an engine of default settings takes
@@ -20,6 +20,7 @@ P99_FACTOR = 10.0
 GATE_FACTOR = {"float32": 10.0, "float16": 3.0, "bfloat16": 3.0}  # fp32's is stage A's
 LOGITS_FACTOR = 10.0
 MARGIN_FACTOR = 6.0  # twice three: both of the top two logits may move
+TIED_SHARE = 0.5  # of a routed case's positions may come after a tie of its router
 MATTER_FACTOR = 10.0  # experts that move logits by less than this many tolerances prove nothing
 
 
@@ -88,7 +89,9 @@ def answers_of(session: Session, case: RecordedCase, texts: Sequence[GivenText],
     return [
         answer
         for start in range(0, len(texts), batch)
-        for answer in replay_given(session, texts[start : start + batch], case.scalings, is_gated=case.is_gated)
+        for answer in replay_given(
+            session, texts[start : start + batch], case.scalings, is_gated=case.is_gated, is_routed=case.is_routed
+        )
     ]
 
 
@@ -125,15 +128,26 @@ class Measures:
         self._logits = Worst(limits.logits or 0.0)
         self._gate = Worst(limits.gate)
         self._mean, self._p99 = Worst(limits.least_kld), Worst(P99_FACTOR * limits.least_kld)
-        self._flips = Worst(0.0)
-        self._is_gated = False
+        self._flips, self._ties = Worst(0.0), Worst(TIED_SHARE)
+        self._is_gated = self._is_routed = False
 
     def see_case(
         self, case: RecordedCase, texts: Sequence[GivenText], wanted: Sequence[Answer], got: Sequence[Answer]
     ) -> None:
         """Add one case."""
-        places = [f"{case.name}, text {t}, {_place(text, p)}" for t, text in enumerate(texts) for p in text.positions]
-        reference, found = (np.concatenate([answer.logits for answer in side]) for side in (wanted, got))
+        counts = [len(text.positions) for text in texts]
+        if case.is_routed and self._limits.logits is not None:
+            limit = self._limits.logits / 10
+            counts = [before_tie(*each, limit) for each in zip(texts, case.texts, wanted, got, strict=True)]
+            self._see_ties(case, texts, counts)
+            if not any(counts):
+                return
+        places = [
+            f"{case.name}, text {t}, {_place(text, p)}"
+            for t, text in enumerate(texts)
+            for p in text.positions[: counts[t]]
+        ]
+        reference, found = (_first(side, counts) for side in (wanted, got))
         self._see_divergence(divergence(reference, found), places, case.noise)
         if self._limits.logits is not None:
             apart = logit_difference(reference, found)
@@ -144,6 +158,11 @@ class Measures:
             self._flips.see(self._flips.value + int(flipped.sum()), places[int(flipped.argmax())], 0.0)
         if case.is_gated:
             self._see_gate(case, texts, wanted, got)
+
+    def _see_ties(self, case: RecordedCase, texts: Sequence[GivenText], counts: Sequence[int]) -> None:
+        self._is_routed = True
+        share = 1 - sum(counts) / sum(len(text.positions) for text in texts)
+        self._ties.see(share, f"{case.name}, share not compared", TIED_SHARE)
 
     def _see_divergence(self, divergences: Wide, places: Sequence[str], noise: RecordedNoise) -> None:
         limit = max(KLD_FACTOR * noise.kld_mean, self._limits.least_kld)
@@ -175,6 +194,26 @@ class Measures:
         yield self._mean.check("kld_mean")
         yield self._p99.check("kld_p99")
         yield self._flips.check("argmax_flips")
+        if self._is_routed and self._limits.logits is not None:
+            yield self._ties.check("router_ties")
+
+
+def before_tie(text: GivenText, recorded: RecordedText, want: Answer, got: Answer, limit: float) -> int:
+    """How many of a text's answers come before the router inside the sites took another way at a tie.
+
+    In fp16 and bf16 such ties are everywhere: PyTorch's own noise has them in it and sets the limits.
+    """
+    apart = logit_difference(want.logits, got.logits)
+    before = -1
+    for number, position in enumerate(text.positions.tolist()):
+        if apart[number] > limit and any(before < tie <= position for tie in recorded.ties):
+            return number
+        before = position
+    return len(apart)
+
+
+def _first(answers: Sequence[Answer], counts: Sequence[int]) -> Floats:
+    return np.concatenate([answer.logits[:count] for answer, count in zip(answers, counts, strict=True)])
 
 
 def _place(text: GivenText, position: int) -> str:

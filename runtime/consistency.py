@@ -17,7 +17,7 @@ from runtime.manifest import (
     VariantKind,
 )
 from runtime.safe_files import MAX_FILES, collisions, path_problem
-from runtime.signature import GATE, SCALINGS
+from runtime.signature import GATE, ROUTER, SCALINGS
 
 _GIB = 1 << 30
 MAX_BYTES = {
@@ -105,6 +105,7 @@ def _graph_contradictions(manifest: Manifest, graph: GraphInfo) -> Iterator[str]
         yield f"its mix names unknown sites: {', '.join(unknown)}"
     if graph.mode is Mode.DYNAMIC and (graph.mix_sites or graph.merge):
         yield "a dynamic graph has no merge"
+    yield from _router_contradictions(manifest, graph)
     inputs = [spec.name for spec in graph.signature.inputs]
     outputs = [spec.name for spec in graph.signature.outputs]
     if len(set(inputs)) < len(inputs) or len(set(outputs)) < len(outputs):
@@ -112,6 +113,20 @@ def _graph_contradictions(manifest: Manifest, graph: GraphInfo) -> Iterator[str]
     carried = [carry.output for carry in graph.signature.carries if carry.input in inputs]
     if len(carried) < len(graph.signature.carries) or _strangers(carried, outputs):
         yield "its signature carries tensors that it does not have"
+
+
+def _router_contradictions(manifest: Manifest, graph: GraphInfo) -> Iterator[str]:
+    if (graph.router is None) != (graph.signature.input(ROUTER) is None):
+        yield "exactly the graphs with a router take the input router"
+    if graph.router is None:
+        return
+    if graph.signature.input(SCALINGS) is None or graph.signature.output(GATE) is not None:
+        yield "a graph with a router takes scalings and has no gate"
+    experts = [expert.name for expert in manifest.experts]
+    if graph.router.kind == "arrow" and graph.router.top_k > len(experts):
+        yield f"its router picks {graph.router.top_k} experts, there are {len(experts)}"
+    if graph.router.kind == "arrow" and set(graph.router.general) & set(experts):
+        yield "its router names experts as general adapters"
 
 
 def _variant_contradictions(manifest: Manifest, variant: VariantInfo) -> Iterator[str]:
@@ -125,6 +140,8 @@ def _variant_contradictions(manifest: Manifest, variant: VariantInfo) -> Iterato
         yield "exactly the variants of the kind mix have a mix"
     if variant.kind is VariantKind.GATE and (manifest.gate is None or graph.signature.output(GATE) is None):
         yield "there is no gate"
+    if variant.kind is VariantKind.ROUTER and (graph.router is None or variant.name != graph.router.kind):
+        yield "its graph has no router of this name"
     if variant.mix is not None:
         yield from _mix_contradictions(manifest, graph, variant.mix)
 

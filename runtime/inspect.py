@@ -20,6 +20,7 @@ from runtime.manifest import (
     VerifyLevel,
     VerifyReport,
 )
+from runtime.routers import RouterInfo
 from runtime.sealed_folder import manifest_bytes
 
 _NOT_VERIFIED = "NOT VERIFIED"
@@ -114,6 +115,8 @@ def _variant(manifest: Manifest, variant: VariantInfo) -> str:
     """What a request that names it gets."""
     if variant.kind is VariantKind.GATE:
         return "the gate, token by token"
+    if variant.kind is VariantKind.ROUTER:
+        return "the router inside the sites, token by token and site by site, in one pass; the default"
     if variant.mix is not None:
         own = f"; weights of their own at {len(variant.mix.sites)} sites" if variant.mix.sites else ""
         return f"{_shares(variant.mix.weights)}{own}"
@@ -130,7 +133,16 @@ def _graph(graph: GraphInfo) -> str:
     mix = "" if graph.mix is None else f" of {' and '.join([*parts, *filter(None, [own])])}{_merge(graph.merge)}"
     cache = graph.signature.cache_style
     ours = f", operators {' and '.join(graph.plugins)}" if graph.plugins else ""
-    return f"{graph.name}: {graph.mode}{mix}, {graph.emit}, opset {graph.opset}, K/V cache {cache}{ours}"
+    router = "" if graph.router is None else f", {_router(graph.router)}"
+    return f"{graph.name}: {graph.mode}{mix}, {graph.emit}, opset {graph.opset}, K/V cache {cache}{router}{ours}"
+
+
+def _router(router: RouterInfo) -> str:
+    """The router inside the sites, with its settings."""
+    if router.kind == "rank-select":
+        return f"router rank-select, keep {router.keep:g}"
+    general = f", less the mean of {' and '.join(router.general)}" if router.general else ""
+    return f"router arrow, top {router.top_k}, temperature {router.temperature:g}, seed {router.seed}{general}"
 
 
 def _merge(merge: MergeInfo | None) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from runtime.routers import RouterInfo
 from runtime.signature import Signature
 
 FORMAT_VERSION = 1
@@ -165,6 +166,7 @@ class GraphInfo(Strict):
     mix: dict[ExpertName, float] | None  # static only
     mix_sites: dict[str, dict[ExpertName, float]] = Field(default_factory=dict)  # sites with weights of their own
     merge: MergeInfo | None = None  # static only; None: linear
+    router: RouterInfo | None = None  # inside the sites of a dynamic graph
     plugins: tuple[str, ...] = ()  # operators of ours in it: plugins of TensorRT, else local functions
 
 
@@ -184,6 +186,7 @@ class VariantKind(StrEnum):
     """Where a variant's scalings come from."""
 
     GATE = "gate"  # per token, from the gate
+    ROUTER = "router"  # per token and site, from the router inside the sites
     MIX = "mix"  # constant: the base, one expert, a named mix
     STATIC = "static"  # folded into the weights of a graph of its own
 

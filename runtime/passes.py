@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from runtime.rows import Rows
 from runtime.session import Session
+from runtime.signature import ROUTER
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -32,6 +33,7 @@ class Routing:
     row: Floats | None  # None: the graph takes no scalings
     is_gated: bool = False
     per_length: bool = False  # the gate's constant row is divided by the sequence length
+    is_routed: bool = False  # by the router inside the sites; its scalings are then 1
 
 
 class ExactPasses:
@@ -49,13 +51,16 @@ class ExactPasses:
         self._gated, self._scaling_slots, self._main_slots = gated, slice(0, gated), slice(gated, gated + batch)
         ordered = [routings[place] for place in self._order]
         self._rows = None if ordered[0].row is None else np.stack([_row(routing) for routing in ordered])[:, None]
+        has_router = session.signature.input(ROUTER) is not None
+        self._router = np.array([routing.is_routed for routing in ordered], np.float32) if has_router else None
         self._per_length = any(routing.per_length for routing in ordered)
         session.allocate(gated + batch)
 
     def forward(self, tokens: Ids, counts: Ids) -> Floats:
         """One or two steps of the same network."""
         tokens, counts = tokens[self._order], counts[self._order]
-        rows = Rows(tokens, counts, self._main_slots, self._scalings(tokens, counts), last_index(counts))
+        scalings, index = self._scalings(tokens, counts), last_index(counts)
+        rows = Rows(tokens, counts, self._main_slots, scalings, index, self._router)
         return last_logits(self._session, rows)[self._back]
 
     def _scalings(self, tokens: Ids, counts: Ids) -> Floats | None:
@@ -68,7 +73,8 @@ class ExactPasses:
             return scalings
         nowhere = np.empty((self._gated, 0), np.int64)  # the scaling pass needs no logits
         head = slice(0, self._gated)
-        scaling_pass = Rows(tokens[head], counts[head], self._scaling_slots, scalings[head], nowhere)
+        router = None if self._router is None else self._router[head]
+        scaling_pass = Rows(tokens[head], counts[head], self._scaling_slots, scalings[head], nowhere, router)
         gate = self._session.step(scaling_pass).gate
         assert gate is not None
         return np.concatenate([gate, scalings[self._gated :]])

@@ -16,6 +16,7 @@ from pydantic import Field
 from runtime.errors import InputError
 from runtime.manifest import GraphInfo, Manifest, MergeInfo, Mode, SourceInfo, Strict
 from runtime.replay import Answer, GivenText
+from runtime.routers import RouterInfo
 from runtime.signature import LOGITS, SCALINGS
 
 FORMAT_VERSION: Literal[1] = 1
@@ -39,6 +40,7 @@ class RecordedText(Strict):
 
     prompt: Annotated[int, Field(ge=1)]
     tokens: Annotated[Ids, Field(min_length=2)]
+    ties: Ids = ()  # positions where the router inside the sites chose between all but equals
 
 
 class RecordedCase(Strict):
@@ -47,6 +49,7 @@ class RecordedCase(Strict):
     name: str
     row: tuple[tuple[float, ...], ...] | None  # constant scalings [G, E] (of the scaling pass when gated); static: None
     is_gated: bool
+    is_routed: bool = False
     noise: RecordedNoise
     adapters_matter: float  # max |recorded - base| of the logits, in the reference
     texts: Annotated[tuple[RecordedText, ...], Field(min_length=1)]
@@ -66,6 +69,7 @@ class RecordingHeader(Strict):
     mix: dict[str, float] | None
     mix_sites: dict[str, dict[str, float]] = Field(default_factory=dict)
     merge: MergeInfo | None = None
+    router: RouterInfo | None = None
     experts: tuple[str, ...]  # by column
     vocab_size: Annotated[int, Field(ge=2)]
     gate: tuple[int, int] | None  # G, E of the gate's output
@@ -162,6 +166,7 @@ def facts_of(manifest: Manifest, graph: GraphInfo) -> dict[str, Any]:
         "mix": graph.mix,
         "mix_sites": graph.mix_sites,
         "merge": graph.merge,
+        "router": graph.router,
         "experts": tuple(e.name for e in sorted(manifest.experts, key=lambda expert: expert.column)),
         "vocab_size": int(logits.shape[2]) if logits else manifest.base.vocab_size,
         "gate": (int(scalings.shape[2]), int(scalings.shape[3])) if gated and scalings else None,
@@ -221,6 +226,8 @@ def _contradiction(header: RecordingHeader) -> str | None:
             return f"case {case.name}: continuations of {sorted(continued)} tokens, need equally many, at least 1"
         if not all(0 <= token < header.vocab_size for text in case.texts for token in text.tokens):
             return f"case {case.name}: a token outside the vocabulary of {header.vocab_size}"
+        if case.is_routed and header.router is None:
+            return f"case {case.name}: routed, of a graph without a router"
         if case.is_gated and header.gate is None:
             return f"case {case.name}: gated, of a graph without a gate"
         if not all(math.isfinite(value) for row in case.row or () for value in row):

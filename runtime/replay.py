@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from runtime.passes import constant
 from runtime.rows import Rows
 from runtime.session import Session
-from runtime.signature import CacheStyle
+from runtime.signature import ROUTER, CacheStyle
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -37,11 +37,12 @@ def replay(
     *,
     is_gated: bool,
     per_length: bool = False,
+    is_routed: bool = False,
 ) -> list[Replay]:
     """Prefill all prompts as one ragged batch, then decode greedily through the caches.
 
     `row` [G, E] holds the constant scalings (of the scaling pass when `is_gated`), divided by the sequence length when
-    `per_length`; None for a static graph.
+    `per_length`; None for a static graph. `is_routed`: under the router inside the sites.
     """
     batch = len(prompts)
     session.allocate(2 * batch if is_gated else batch)
@@ -54,7 +55,7 @@ def replay(
         new = [t[s:] for t, s in zip(tokens, start, strict=True)]
         scaled = row / np.float32(len(new[0])) if per_length and row is not None else row
         everywhere = np.tile(np.arange(max(map(len, new))), (batch, 1))
-        [step_logits], step_gate = _step(session, new, scaled, is_gated, [everywhere])
+        [step_logits], step_gate = _step(session, new, scaled, is_gated, [everywhere], is_routed=is_routed)
         for b in range(batch):
             count = len(tokens[b]) - start[b]
             if start[b] == 0:
@@ -95,23 +96,27 @@ class Answer:
     gate: Floats | None  # [T, G, E] at every token
 
 
-def replay_given(session: Session, texts: Sequence[GivenText], row: Floats | None, *, is_gated: bool) -> list[Answer]:
+def replay_given(
+    session: Session, texts: Sequence[GivenText], row: Floats | None, *, is_gated: bool, is_routed: bool = False
+) -> list[Answer]:
     """Prefill the prompts as one ragged batch, then feed the continuations, equally long, token by token.
 
     No step asks for more than one position's logits, since engines are built for no more: the prefill of the
     main pass is run once for each probe.
     """
     if session.signature.cache_style is CacheStyle.NONE:
-        return [_answer_whole(session, text, row, is_gated=is_gated) for text in texts]
+        return [_answer_whole(session, text, row, is_gated=is_gated, is_routed=is_routed) for text in texts]
     batch = len(texts)
     session.allocate(2 * batch if is_gated else batch)
     probes = np.stack([text.positions[:PROBES] for text in texts])  # [B, PROBES]
     prompts = [list(text.tokens[: text.prompt]) for text in texts]
-    first, gate = _step(session, prompts, row, is_gated, [probes[:, k : k + 1] for k in range(PROBES)])
+    asked = [probes[:, k : k + 1] for k in range(PROBES)]
+    first, gate = _step(session, prompts, row, is_gated, asked, is_routed=is_routed)
     logits, gates = [step[:, 0] for step in first], [gate]
     last = np.zeros((batch, 1), np.int64)
     for i in range(len(texts[0].tokens) - texts[0].prompt):
-        [step], gate = _step(session, [[text.tokens[text.prompt + i]] for text in texts], row, is_gated, [last])
+        new = [[text.tokens[text.prompt + i]] for text in texts]
+        [step], gate = _step(session, new, row, is_gated, [last], is_routed=is_routed)
         logits.append(step[:, 0])
         gates.append(gate)
     return [
@@ -125,11 +130,11 @@ def _gate_of(gates: Sequence[Floats | None], row: int, prompt: int) -> Floats | 
     return np.concatenate(kept) if kept else None
 
 
-def _answer_whole(session: Session, text: GivenText, row: Floats | None, *, is_gated: bool) -> Answer:
+def _answer_whole(session: Session, text: GivenText, row: Floats | None, *, is_gated: bool, is_routed: bool) -> Answer:
     """A graph without caches: each position is the last of a sequence that is computed whole."""
     session.allocate(2 if is_gated else 1)
     steps = [
-        _step(session, [list(text.tokens[: end + 1])], row, is_gated, [np.array([[end]])])
+        _step(session, [list(text.tokens[: end + 1])], row, is_gated, [np.array([[end]])], is_routed=is_routed)
         for end in (*text.positions.tolist(), len(text.tokens) - 1)
     ]
     gate = steps[-1][1]
@@ -137,7 +142,13 @@ def _answer_whole(session: Session, text: GivenText, row: Floats | None, *, is_g
 
 
 def _step(
-    session: Session, new: list[list[int]], row: Floats | None, is_gated: bool, asked: Sequence[Ids]
+    session: Session,
+    new: list[list[int]],
+    row: Floats | None,
+    is_gated: bool,
+    asked: Sequence[Ids],
+    *,
+    is_routed: bool,
 ) -> tuple[list[Floats], Floats | None]:
     """Logits [B, K, V] at each of `asked` [B, K] and gate [B, S, G, E] for the new tokens of every row.
 
@@ -149,9 +160,11 @@ def _step(
     for b, ids in enumerate(new):
         tokens[b, : len(ids)] = ids
     scalings, gate = (None if row is None else constant(row, tokens)), None
+    has_router = session.signature.input(ROUTER) is not None
+    router = np.full(batch, is_routed, np.float32) if has_router else None
     if is_gated:
         nowhere = np.empty((batch, 0), np.int64)
-        gate = session.step(Rows(tokens, counts, slice(0, batch), scalings, nowhere)).gate
+        gate = session.step(Rows(tokens, counts, slice(0, batch), scalings, nowhere, router)).gate
         scalings = gate
     slots = slice(batch, 2 * batch) if is_gated else slice(0, batch)
     before = session.lengths[slots].tolist()
@@ -159,5 +172,5 @@ def _step(
     for k, index in enumerate(asked):
         for slot, length in enumerate(before if k else (), slots.start):
             session.truncate(slot, length)
-        logits.append(session.step(Rows(tokens, counts, slots, scalings, index)).logits)
+        logits.append(session.step(Rows(tokens, counts, slots, scalings, index, router)).logits)
     return logits, gate

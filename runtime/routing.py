@@ -39,12 +39,14 @@ def route_for(manifest: Manifest, graph: GraphInfo, variant: str | None, mix: Mi
 
 
 def routing_for(manifest: Manifest, graph: GraphInfo, mix: Mix | None) -> Routing:
-    """The routing of a request on a graph: its mix where it has one, else the gate, else the only expert there is."""
+    """The routing of a request on a graph: its mix where it has one, else its router or gate, else the only expert."""
     spec = graph.signature.input(SCALINGS)
     if spec is None:
         if mix is not None:
             raise InputError("this graph has its mix built in", where=f"graph {graph.name}", got="a mix", need="none")
         return Routing(None)
+    if mix is None and graph.router is not None:
+        return Routing(np.ones((int(spec.shape[2]), len(manifest.experts)), np.float32), is_routed=True)
     gate = manifest.gate if mix is None and graph.signature.output(GATE) else None
     if gate is None:
         return Routing(_rows(manifest, graph, _only_expert(manifest) if mix is None else mix, int(spec.shape[2])))

@@ -21,6 +21,7 @@ class Rows:
     slots: slice  # which B consecutive cache slots the rows continue
     scalings: NDArray[np.float32] | None  # [B, S, G, E]; None for a graph without scalings
     logit_index: NDArray[np.int64]  # [B, K] positions along S; K = 0: no lm_head work
+    router: NDArray[np.float32] | None = None  # [B], 1 or 0: routed inside the sites or not; None: no such router
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ INPUT_IDS = "input_ids"  # [B, S] int64
 POSITION_IDS = "position_ids"  # [B, S] int64
 CACHE_LENGTHS = "cache_lengths"  # [B] int64: entries of each row's cache that count
 SCALINGS = "scalings"  # [B, S, G, E] float32
+ROUTER = "router"  # [B] float32: 1 = the row is routed inside the sites, 0 = its scalings hold as they stand
 LOGIT_INDEX = "logit_index"  # [B, K] int64: positions along S that get logits; K may be 0
 LOGITS = "logits"  # [B, K, V]
 GATE = "gate"  # [B, S, G, E] float32, after softmax, top-k and top-k softmax
@@ -88,6 +89,7 @@ class SignatureShape:
     gate: bool
     dtype: str = "float32"  # of K/V and logits
     cache: CacheStyle = CacheStyle.APPEND
+    router: bool = False  # a router inside the sites
 
 
 def past_names(block: int) -> tuple[str, str]:
@@ -108,6 +110,8 @@ def signature_from_shape(shape: SignatureShape) -> Signature:
         inputs.append(TensorSpec(CACHE_LENGTHS, "int64", ("B",)))
     if shape.scalings:
         inputs.append(TensorSpec(SCALINGS, "float32", ("B", "S", shape.scalings, shape.experts)))
+    if shape.router:
+        inputs.append(TensorSpec(ROUTER, "float32", ("B",)))
     inputs.append(TensorSpec(LOGIT_INDEX, "int64", ("B", "K")))
     outputs = [TensorSpec(LOGITS, shape.dtype, ("B", "K", shape.vocab_size))]
     if shape.gate:

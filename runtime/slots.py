@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from runtime.errors import InputError
 from runtime.rows import Rows
-from runtime.signature import SCALINGS, CacheStyle, Signature
+from runtime.signature import ROUTER, SCALINGS, CacheStyle, Signature
 
 
 class Slots:
@@ -19,6 +19,7 @@ class Slots:
         self._fix = fix  # what allows more
         self.lengths: NDArray[np.int64] = np.zeros(0, np.int64)
         self._scalings = signature.input(SCALINGS)
+        self._has_router = signature.input(ROUTER) is not None
 
     def allocate(self, slots: int) -> None:
         """This many slots, all empty."""
@@ -72,6 +73,7 @@ class Slots:
                 "logit_index points outside the step", got=f"{rows.logit_index.tolist()}", need=f"0..{width - 1}"
             )
         self._check_scalings(rows)
+        self._check_router(rows)
         longest = int((self.past(rows) + rows.counts).max())
         if longest > self.max_positions:
             raise InputError(
@@ -87,3 +89,15 @@ class Slots:
         got = None if rows.scalings is None else rows.scalings.shape
         if got != need:
             raise InputError("scalings have a wrong shape for this graph", got=str(got), need=str(need))
+
+    def _check_router(self, rows: Rows) -> None:
+        switches = rows.router
+        if switches is None and not self._has_router:
+            return
+        is_right = switches is not None and switches.shape == rows.tokens.shape[:1] and np.isin(switches, (0, 1)).all()
+        if not is_right or not self._has_router:
+            raise InputError(
+                "router switches do not fit this graph",
+                got="None" if switches is None else f"{switches.tolist()}"[:80],
+                need=f"{len(rows.tokens)} of 0 and 1" if self._has_router else "None: it has no router",
+            )

@@ -16,12 +16,15 @@ from exporter.commands.options import (
     count,
     natural,
     one_of,
+    positive,
     share,
     silence_transformers,
 )
-from exporter.spec import BuildSpec, CacheChoice, DType, OpChoice, ScalingsChoice
+from exporter.errors import ExportError
+from exporter.spec import BuildSpec, CacheChoice, DType, OpChoice, RouterSpec, ScalingsChoice
 from runtime.engines import Target
 from runtime.manifest import BUILD_LOG_NAME, Emit, MergeInfo, MergeMethod, Mode, TopkSoftmax, VerifyLevel
+from runtime.routers import RouterKind
 
 if TYPE_CHECKING:
     from exporter.watch import StageClock
@@ -36,6 +39,7 @@ def add_options(commands: Commands) -> None:
     add("--mode", nargs="+", type=one_of(Mode), choices=list(Mode), default=[Mode.DYNAMIC], help="one or both")
     add("--mix", metavar="math=0.7,code=0.3|FILE.json", help="the mix of a static graph; 'base' for no expert")
     _add_merge(command)
+    _add_router(command)
     add(
         "--variants",
         nargs="+",
@@ -95,8 +99,17 @@ def _add_merge(command: argparse.ArgumentParser) -> None:
     add("--density", type=share, metavar="SHARE", help="of each delta's entries that stays: ties, dare_*, magnitude_*")
     add("--merge-rank", type=count, metavar="R", help="of svd (default the largest expert's); cuts ties, dare_* too")
     add("--keep", type=share, metavar="SHARE", help="of the rank-one terms that rank-select keeps (default 0.5)")
-    add("--seed", type=natural, metavar="N", help="of dare_* (default 0)")
+    add("--seed", type=natural, metavar="N", help="of dare_*, and of --router arrow (default 0)")
     add("--save-adapter", type=Path, metavar="DIR", help="write the merged update as a PEFT LoRA folder, too")
+
+
+def _add_router(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument_group("what weighs the experts of a dynamic graph, token by token").add_argument
+    kinds = list(RouterKind)
+    add("--router", type=one_of(RouterKind), choices=kinds, help="default xlora where there is a gate; --keep, --seed")
+    add("--arrow-top-k", type=count, metavar="K", help="experts of a token and module (default 3, or all if fewer)")
+    add("--arrow-temperature", type=positive, metavar="T", help="of the softmax over them (default 1)")
+    add("--arrow-gks", nargs="+", default=[], metavar="NAME", help="adapters to subtract the mean of from the others")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -140,13 +153,8 @@ def _build_spec(args: argparse.Namespace) -> BuildSpec:
         mix=None if args.mix is None else mix_from_word(args.mix),
         variants=variants_from_words(args.variants),
         scalings=args.scalings,
-        merge=MergeInfo(
-            method=args.merge or MergeMethod.LINEAR,
-            density=args.density,
-            rank=args.merge_rank,
-            keep=args.keep,
-            seed=args.seed,
-        ),
+        merge=_merge(args),
+        router=_router(args),
         save_adapter=args.save_adapter,
         out=args.out,
         emit=args.emit,
@@ -161,6 +169,36 @@ def _build_spec(args: argparse.Namespace) -> BuildSpec:
         threads=args.threads,
         targets=tuple(Target(name) for name in dict.fromkeys(args.target or ()) if name != "ort"),
     )
+
+
+def _merge(args: argparse.Namespace) -> MergeInfo:
+    """--keep and --seed are the merge's unless only the router has them."""
+    method = args.merge or MergeMethod.LINEAR
+    has_keep = method is MergeMethod.RANK_SELECT or args.router is not RouterKind.RANK_SELECT
+    has_seed = method in (MergeMethod.DARE_LINEAR, MergeMethod.DARE_TIES) or args.router is not RouterKind.ARROW
+    return MergeInfo(
+        method=method,
+        density=args.density,
+        rank=args.merge_rank,
+        keep=args.keep if has_keep else None,
+        seed=args.seed if has_seed else None,
+    )
+
+
+def _router(args: argparse.Namespace) -> RouterSpec | None:
+    general = tuple(dict.fromkeys(args.arrow_gks))
+    if args.router is not None:
+        return RouterSpec(
+            args.router,
+            keep=args.keep if args.router is RouterKind.RANK_SELECT else None,
+            top_k=args.arrow_top_k,
+            temperature=args.arrow_temperature,
+            seed=args.seed if args.router is RouterKind.ARROW else None,
+            general=general,
+        )
+    if args.arrow_top_k is not None or args.arrow_temperature is not None or general:
+        raise ExportError("these are settings of Arrow", where="--arrow-*", got="no --router", fix="add --router arrow")
+    return None
 
 
 def _print_bundle(bundle: Bundle, clock: StageClock) -> None:

@@ -24,5 +24,10 @@ def rank_select(site: Site, row: torch.Tensor, merge: MergeInfo) -> LowRank:
         torch.cat([part.v for part in parts]),
     )
     order = pool.strength.argsort(descending=True, stable=True)
-    kept = order[: math.ceil((merge.keep or KEEP) * len(order))]
+    kept = order[: kept_of(len(order), merge.keep or KEEP)]
     return factors_of(Terms(pool.u[:, kept], pool.strength[kept], pool.v[kept]))
+
+
+def kept_of(terms: int, keep: float) -> int:
+    """How many of a site's terms stay: their share, rounded up."""
+    return math.ceil(keep * terms)

@@ -20,6 +20,7 @@ from runtime.signature import (
     LOGIT_INDEX,
     LOGITS,
     POSITION_IDS,
+    ROUTER,
     SCALINGS,
     CacheStyle,
     Signature,
@@ -140,6 +141,8 @@ class OrtSession:
             plan.feeds[CACHE_LENGTHS][:] = self._slots.past(rows)
         if rows.scalings is not None:
             plan.feeds[SCALINGS][:] = rows.scalings
+        if rows.router is not None:
+            plan.feeds[ROUTER][:] = rows.router
 
     def _check_finite(self, plan: Plan, rows: Rows) -> None:
         """Refuse NaN and infinity at real tokens, before anything of the step is kept."""

@@ -22,6 +22,7 @@ from runtime.signature import (
     LOGIT_INDEX,
     LOGITS,
     POSITION_IDS,
+    ROUTER,
     SCALINGS,
     CacheStyle,
     Signature,
@@ -191,6 +192,8 @@ class TrtSession:
             plan.feeds[CACHE_LENGTHS][:] = self._slots.past(rows)
         if rows.scalings is not None:
             plan.feeds[SCALINGS][:] = rows.scalings
+        if rows.router is not None:
+            plan.feeds[ROUTER][:] = rows.router
 
     def _run(self, plan: Plan) -> None:
         """Enqueue; a decode step that comes again is captured, and from then on launched as a CUDA graph."""

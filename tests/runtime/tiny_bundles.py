@@ -23,6 +23,7 @@ from runtime.manifest import (
     VariantInfo,
     VariantKind,
 )
+from runtime.routers import RankSelectInfo
 from tests.runtime.bundle_makers import make_bundle, make_report
 from tests.runtime.tiny_graphs import TinyShape, tiny_model, tiny_weights
 
@@ -122,6 +123,8 @@ def tiny_bundle(
 def _variants(shape: TinyShape, mixes: Mapping[str, MixInfo], statics: Iterable[str]) -> tuple[VariantInfo, ...]:
     rows = {"base": MixInfo()} | {name: MixInfo(weights={name: 1.0}) for name in EXPERTS[: shape.experts]} | dict(mixes)
     gate = [VariantInfo(name="xlora", kind=VariantKind.GATE, graph="dynamic", mix=None)] if shape.gate else []
+    if shape.router:
+        gate.append(VariantInfo(name="rank-select", kind=VariantKind.ROUTER, graph="dynamic", mix=None))
     return (
         *(VariantInfo(name=name, kind=VariantKind.MIX, graph="dynamic", mix=mix) for name, mix in rows.items()),
         *gate,
@@ -177,4 +180,5 @@ def _graph(name: str, mode: Mode, shape: TinyShape, mix: dict[str, float] | None
         path=f"{name}.onnx",
         signature=shape.signature,
         mix=mix,
+        router=RankSelectInfo(keep=0.5) if shape.router else None,  # whatever it is: the graph has some router
     )

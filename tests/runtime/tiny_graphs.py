@@ -20,6 +20,7 @@ from runtime.signature import (
     LOGIT_INDEX,
     LOGITS,
     POSITION_IDS,
+    ROUTER,
     SCALINGS,
     CacheStyle,
     Signature,
@@ -46,6 +47,7 @@ class TinyShape:
     gate: bool = True
     max_positions: int = 200
     cache: CacheStyle = CacheStyle.APPEND
+    router: bool = False  # each site weighs its experts by a sigmoid of its own input
 
     @property
     def signature(self) -> Signature:
@@ -59,6 +61,7 @@ class TinyShape:
                 experts=self.experts,
                 gate=self.gate and self.experts > 0,
                 cache=self.cache,
+                router=self.router,
             )
         )
 
@@ -79,6 +82,8 @@ def tiny_weights(shape: TinyShape, seed: int = 0) -> dict[str, np.ndarray]:
         weights[f"mlp_{block}"] = normal(shape.hidden, shape.hidden) * 0.3
         for expert in range(shape.experts):
             weights[f"expert_{block}_{expert}"] = normal(shape.hidden, shape.hidden) * 0.5
+        if shape.router:
+            weights[f"route_{block}"] = normal(shape.hidden, shape.experts) * 0.2
     weights["gate"] = normal(shape.hidden, shape.blocks * max(shape.experts, 1)) * 1.5
     weights["head"] = normal(shape.hidden, shape.vocab) * 0.3
     return weights
@@ -94,7 +99,12 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def reference(
-    shape: TinyShape, weights: dict[str, np.ndarray], ids: Sequence[int], scalings: np.ndarray | None
+    shape: TinyShape,
+    weights: dict[str, np.ndarray],
+    ids: Sequence[int],
+    scalings: np.ndarray | None,
+    *,
+    is_routed: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One unpadded sequence under scalings [S, G, E]: logits [S, V], gate [S, G, E]."""
     count = len(ids)
@@ -108,6 +118,10 @@ def reference(
         mixed = softmax(q @ k.transpose(0, 2, 1) / np.sqrt(shape.head_dim) + causal) @ v
         x = x + mixed.transpose(1, 0, 2).reshape(count, -1) @ weights[f"o_{block}"]
         y = x @ weights[f"mlp_{block}"]
+        if is_routed:
+            assert scalings is not None
+            scalings = scalings.copy()
+            scalings[:, block] *= 1 / (1 + np.exp(-(x @ weights[f"route_{block}"])))
         for expert in range(shape.experts):
             assert scalings is not None
             y = y + scalings[:, block, expert, None] * (x @ weights[f"expert_{block}_{expert}"])
@@ -181,9 +195,18 @@ def _block(graph: Graph, shape: TinyShape, w: dict[str, str], x: str, mask: str,
     y = graph.op("MatMul", x, w[f"mlp_{block}"])
     for expert in range(shape.experts):
         site = graph.op("Gather", SCALINGS, graph.value(block), axis=2)  # [B, S, E]
+        if shape.router:
+            site = graph.op("Mul", site, _shares(graph, w, x, block))
         scale = graph.op("Gather", site, graph.value([expert]), axis=2)  # [B, S, 1]
         y = graph.op("Add", y, graph.op("Mul", scale, graph.op("MatMul", x, w[f"expert_{block}_{expert}"])))
     return graph.op("Add", x, graph.op("Tanh", y))
+
+
+def _shares(graph: Graph, w: dict[str, str], x: str, block: int) -> str:
+    """[B, S, E]: the sigmoids in routed rows, 1 in the others."""
+    is_on = graph.op("Greater", ROUTER, graph.value(0.5, np.float32))
+    shares = graph.op("Sigmoid", graph.op("MatMul", x, w[f"route_{block}"]))
+    return graph.op("Where", graph.op("Unsqueeze", is_on, graph.value([1, 2])), shares, graph.value(1, np.float32))
 
 
 def _cached(graph: Graph, shape: TinyShape, new: str, block: int, which: int) -> str:
