@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from exporter.dynamic import replaced
+from exporter.encoder_settings import require_generation
 from exporter.errors import ExportError
 from exporter.inputs import read_inputs
 from exporter.mixture import Mixture, blocks_of, mixed_modules
@@ -47,6 +48,7 @@ def learn_mix(spec: LearnSpec, clock: StageClock | None = None) -> Learned:
     check_spec(spec)
     with clock.stage("read and check"):
         inputs = read_inputs(BuildSpec(spec.adapters, spec.base, spec.gate))
+        require_generation(inputs.base, "learn-mix")
         experts = inputs.adapters.experts
         require_foldable(dict.fromkeys((expert.name for expert in experts), 1.0), experts, "--adapters")
         first = None if spec.init is None else read_mix(spec.init)

@@ -9,6 +9,7 @@ from exporter.checkpoints.fit import check_against_base
 from exporter.checkpoints.half_range import check_half_range, largest_update
 from exporter.checkpoints.load import load_base
 from exporter.checkpoints.save_lora import require_free, save_lora, shared_base_name
+from exporter.checkpoints.shared_heads import without_shared_heads
 from exporter.checkpoints.sources import compare_sources, source_files
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "save_lora",
     "shared_base_name",
     "source_files",
+    "without_shared_heads",
 ]
