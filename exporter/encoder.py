@@ -60,7 +60,7 @@ class TracedEncoder(nn.Module):
         self.state.down.clear()
         if self.columns is not None and scalings is not None:
             self.state.columns = self.columns(scalings)
-        real = torch.arange(input_ids.shape[1])[None] < lengths.clamp_min(1)[:, None]  # [B, S]
+        real = torch.arange(input_ids.shape[1])[None] < lengths[:, None]  # [B, S]
         types = {}
         if hasattr(embeddings_of(self.model), "token_type_embeddings"):
             types = {"token_type_ids": torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids}
@@ -89,7 +89,7 @@ def pooled(hidden: torch.Tensor, real: torch.Tensor, lengths: torch.Tensor, info
     elif info.pooling is Pooling.MAX:
         result = torch.where(real[..., None], hidden, torch.finfo(hidden.dtype).min).amax(1)
     else:
-        counts = lengths.clamp_min(1).to(hidden.dtype)
+        counts = lengths.to(hidden.dtype).clamp_min(1.0)  # in floats: old TensorRT clips no integers
         result = (hidden * real[..., None].to(hidden.dtype)).sum(1) / counts[:, None]
     return F.normalize(result, dim=-1, eps=LEAST_NORM) if info.normalize else result
 
