@@ -47,6 +47,6 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> EncoderBuilt:
 def embedder(tmp_path_factory: pytest.TempPathFactory) -> EncoderBuilt:
     """A random sentence-transformers BERT with experts on its pooler too, and a deep layerwise gate."""
     folder = tmp_path_factory.mktemp("embedder")
-    checkpoint = write_random(folder, xlora_depth=2, scaling_pass_value=0.3, softmax_temperature=0.8)
+    checkpoint = write_random(folder, blocks=2, xlora_depth=2, scaling_pass_value=0.3, softmax_temperature=0.8)
     write_sentence_layout(checkpoint.base)
     return EncoderBuilt(checkpoint, build(checkpoint.spec(out=folder / "bundle")))

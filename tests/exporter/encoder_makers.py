@@ -57,11 +57,14 @@ PLAIN, TASTE, SOUND = (
 WORDS = (*PLAIN, *TASTE, *SOUND, *(f"word{number}" for number in range(20)))
 
 
-def write_encoder(folder: Path, family: str = "bert", *, classes: int = 0, seed: int = 0, **sizes: Any) -> Path:
+def write_encoder(
+    folder: Path, family: str = "bert", *, classes: int = 0, blocks: int = 1, seed: int = 0, **sizes: Any
+) -> Path:
     """A random encoder, for embeddings or with a head for `classes`, whose norms and biases all matter."""
     names = DISTIL_SIZES if family == "distilbert" else SIZES
     padding = {"pad_token_id": 0 if family in ("bert", "distilbert") else 1}
     padding |= {"type_vocab_size": 1} if "roberta" in family else {}
+    padding["n_layers" if family == "distilbert" else "num_hidden_layers"] = blocks
     config = AutoConfig.for_model(family, **(names | padding | sizes | ({"num_labels": classes} if classes else {})))
     torch.manual_seed(seed)
     model = (AutoModelForSequenceClassification if classes else AutoModel).from_config(config)
@@ -183,10 +186,10 @@ def reference_of(parts: Parts) -> EncoderReference:
 
 
 def write_random(
-    folder: Path, family: str = "bert", *, classes: int = 0, layerwise: bool = True, **config: Any
+    folder: Path, family: str = "bert", *, classes: int = 0, blocks: int = 1, layerwise: bool = True, **config: Any
 ) -> EncoderCheckpoint:
     """A random encoder with a tokenizer, two experts and a gate."""
-    base = write_encoder(folder / "base", family, classes=classes)
+    base = write_encoder(folder / "base", family, classes=classes, blocks=blocks)
     write_words(base)
     experts = {
         f"expert{e}": write_encoder_lora(folder / f"expert{e}", base, targets, 2 + e, seed=e)

@@ -125,7 +125,6 @@ def test_minilm(tmp_path: Path) -> None:
         verify=VerifyLevel.QUICK, out=tmp_path / "bundle",
     )  # fmt: skip
     manifest = build(spec).manifest
-    assert manifest.encoder is not None
     assert (manifest.encoder.pooling, manifest.encoder.normalize, manifest.encoder.max_tokens) == (
         Pooling.MEAN,
         True,
