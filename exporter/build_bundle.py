@@ -28,6 +28,7 @@ from exporter.variants import static_variants
 from exporter.verify import LOGITS_LIMIT
 from exporter.watch import PeakMemory, StageClock
 from runtime.bundle import Bundle
+from runtime.encode_golden import ENCODED_PATH, EncodedCase, EncodedGolden
 from runtime.engines import Target
 from runtime.golden import GOLDEN_PATH, Golden, GoldenCase
 from runtime.manifest import Emit, Mode, VerifyReport
@@ -131,7 +132,7 @@ def check_operators(graphs: Sequence[Exported], spec: BuildSpec, clock: StageClo
 
 def verify_graphs(
     parts: Parts, spec: BuildSpec, exported: Sequence[Exported], folder: Path, root: Path
-) -> tuple[list[VerifyReport], list[GoldenCase]]:
+) -> tuple[list[VerifyReport], list[GoldenCase | EncodedCase]]:
     """Check every fp32 graph against the reference forward; raises VerifyError."""
     verification = make_verification(parts, spec, load_tokenizer(root))
     results = [verification.run(folder, graph.info) for graph in exported]
@@ -159,9 +160,11 @@ def export_rounded(parts: Parts, spec: BuildSpec, proofs: Sequence[Exported], ro
     return graphs
 
 
-def write_golden(cases: list[GoldenCase], root: Path) -> None:
-    """The golden set, where verification produced one."""
-    if cases:
-        path = root / GOLDEN_PATH
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(Golden(cases=tuple(cases)).model_dump_json() + "\n", encoding="utf-8")
+def write_golden(cases: Sequence[GoldenCase | EncodedCase], root: Path) -> None:
+    """The golden set, where verification produced one: a decoder's or an encoder's."""
+    tokens = tuple(case for case in cases if isinstance(case, GoldenCase))
+    vectors = tuple(case for case in cases if isinstance(case, EncodedCase))
+    for path, golden in ((GOLDEN_PATH, Golden(cases=tokens)), (ENCODED_PATH, EncodedGolden(cases=vectors))):
+        if golden.cases:
+            (root / path).parent.mkdir(exist_ok=True)
+            (root / path).write_text(golden.model_dump_json() + "\n", encoding="utf-8")

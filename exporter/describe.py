@@ -29,6 +29,8 @@ def describe(
     return Manifest(
         format_version=FORMAT_VERSION,
         name=base.name.rsplit("/", 1)[-1],
+        task=base.task,
+        encoder=parts.inputs.encoder,
         base=base_info(base, parts.model, spec.dtype),
         experts=tuple(
             ExpertInfo(

@@ -124,6 +124,13 @@ class HeadDown(Down):
         return pick(super().factors(), self.state.logit_index)
 
 
+class FirstTokenDown(Down):
+    """An encoder's pooler and head see only the first token [B, in], so its factors [B, R] are theirs."""
+
+    def factors(self) -> torch.Tensor:
+        return super().factors()[:, 0]
+
+
 class GatedModule(nn.Module):
     """A base module plus the gated low-rank update of its site: y = W x + ((x aT) * (s . weights)) bT."""
 
@@ -183,6 +190,7 @@ class DoraModule(nn.Module):
         self.gated = gated
         self.path = site.path
         self.is_picked = site.kind is SiteKind.LM_HEAD
+        self.is_first = site.kind is SiteKind.FIRST_TOKEN
         self.number = number  # among state.columns
         self.state = state
         self.out_shift = nn.Parameter((site.out_scale - 1).to(gated.lora_b.dtype), requires_grad=False)  # [D, out]
@@ -195,6 +203,8 @@ class DoraModule(nn.Module):
     def scalings(self) -> torch.Tensor:
         """Those of the site's DoRA experts [B, S, D], at the picked positions for lm_head."""
         scalings = self.state.columns[self.number]
+        if self.is_first:
+            return scalings[:, 0]
         if not self.is_picked:
             return scalings
         assert self.state.logit_index is not None
@@ -207,6 +217,7 @@ DOWN: Mapping[SiteKind, type[Down]] = {
     SiteKind.CONV1D: Down,
     SiteKind.EMBEDDING: EmbeddingDown,
     SiteKind.LM_HEAD: HeadDown,
+    SiteKind.FIRST_TOKEN: FirstTokenDown,
 }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from exporter.encoder import signature_of as encoder_signature_of
 from exporter.gate import Gate
 from exporter.graphs import OPSETS, Exported, GraphPlan, export_graph
 from exporter.merges.merge import SiteMerge, settled
@@ -29,7 +30,7 @@ from exporter.store import WeightStore
 from exporter.variants import has_row_per_site, static_variants
 from plugins.operators import GATE_SCALINGS, GATED_LOW_RANK
 from runtime.manifest import Emit, GraphInfo, MergeInfo, MixInfo, Mode
-from runtime.signature import CacheStyle, signature_from_shape
+from runtime.signature import CacheStyle, Signature, signature_from_shape
 
 
 def export_graphs(
@@ -50,20 +51,24 @@ def export_dynamic(parts: Parts, spec: BuildSpec, dtype: DType, store: WeightSto
     """The gated graph. G = number of sites with a layerwise gate or mixes by site, else 1."""
     gate = parts.gate
     scalings = len(parts.sites) if has_row_per_site(spec, parts.inputs.adapters) else 1
-    shape = signature_shape(
-        parts.model,
-        scalings,
-        len(parts.inputs.adapters.experts),
-        gate=gate is not None,
-        dtype=dtype,
-        cache=cache_style(spec),
-    )
     router = settled_router(spec, parts.inputs.adapters)
-    signature = signature_from_shape(replace(shape, router=router is not None))
-    plan = GraphPlan("dynamic", signature, spec.emit, parts.sites, gate, spec.site_op, router)
+    signature = signature_for(parts, spec, dtype, scalings, has_router=router is not None)
+    plan = GraphPlan(
+        "dynamic", signature, spec.emit, parts.sites, gate, spec.site_op, router, encoder=parts.inputs.encoder
+    )
     return Exported(
         graph_info(plan, Mode.DYNAMIC, None, plugins_of(spec, gate)), export_graph(parts.model, plan, store), store
     )
+
+
+def signature_for(parts: Parts, spec: BuildSpec, dtype: DType, scalings: int, *, has_router: bool = False) -> Signature:
+    """The signature of a dynamic graph with that many rows of scalings a token, 0 of a static one."""
+    experts = len(parts.inputs.adapters.experts) if scalings else 0
+    gate = parts.gate is not None and scalings > 0
+    if parts.inputs.encoder is not None:
+        return encoder_signature_of(parts.model, parts.inputs.encoder, scalings, experts, gate=gate)
+    shape = signature_shape(parts.model, scalings, experts, gate=gate, dtype=dtype, cache=cache_style(spec))
+    return signature_from_shape(replace(shape, router=has_router))
 
 
 def export_static(
@@ -73,7 +78,7 @@ def export_static(
     model, name, experts = parts.model, variant.name, parts.inputs.adapters.experts
     names = [expert.name for expert in experts]
     rows, merge = mix_rows(variant.mix, names, [site.path for site in parts.sites]), settled(spec.merge)
-    shape = signature_shape(model, 0, 0, gate=False, dtype=dtype, cache=cache_style(spec))
+    signature = signature_for(parts, spec, dtype, 0)
     sites = touched_sites(parts.sites, rows)
     torch_dtype = getattr(torch, dtype.value)
     measures: dict[str, SiteMerge] = {}
@@ -82,7 +87,7 @@ def export_static(
     if twin:
         changed = rounded_weights(twin, torch_dtype, name)
     with untied(model, sites, [weight for weight in new if new[weight].rows is None]) as partners:
-        plan = GraphPlan(name, signature_from_shape(shape), spec.emit, changed=changed, partners=partners)
+        plan = GraphPlan(name, signature, spec.emit, changed=changed, partners=partners, encoder=parts.inputs.encoder)
         info = static_info(graph_info(plan, Mode.STATIC, None), variant.mix, merge)
         return Exported(info, export_graph(model, plan, store), store, in_site_order(sites, measures))
 

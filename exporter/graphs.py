@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from exporter.dynamic import TracedModel, refusing_untraceable, traced_model
+from exporter.encoder import TracedEncoder, traced_encoder
 from exporter.gate import Gate
 from exporter.gated import DoraModule, Down, GatedModule, PluginModule
 from exporter.merges.merge import SiteMerge
@@ -19,7 +21,7 @@ from exporter.sites import Site
 from exporter.spec import OpChoice
 from exporter.store import TRANSPOSED, Weight, WeightStore, transposed, weight_from_tensor
 from exporter.trace import trace
-from runtime.manifest import Emit, GraphInfo
+from runtime.manifest import Emit, EncoderInfo, GraphInfo
 from runtime.routers import RouterInfo
 from runtime.signature import SCALINGS, Signature
 
@@ -43,6 +45,7 @@ class GraphPlan:
     router: RouterInfo | None = None
     changed: Mapping[str, Weight] = field(default_factory=dict)
     partners: Mapping[str, str] = field(default_factory=dict)
+    encoder: EncoderInfo | None = None  # None: a decoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +61,7 @@ class Exported:
 def export_graph(model: PreTrainedModel, plan: GraphPlan, store: WeightStore) -> ir.Model:
     """Trace, rewrite, store the weights that are not yet there, save NAME.onnx under the store's root."""
     base_names = {id(parameter): name for name, parameter in model.named_parameters()}
-    with (
-        refusing_untraceable(model, f"graph {plan.name}"),
-        traced_model(
-            model,
-            plan.sites,
-            plan.gate,
-            plan.signature.cache_style,
-            shared=is_shared(plan),
-            with_plugin=plan.site_op is OpChoice.PLUGIN,
-            router=plan.router,
-        ) as traced,
-    ):
+    with refusing_untraceable(model, f"graph {plan.name}"), traced_as(model, plan) as traced:
         weights = named_weights(base_names, traced)
         graph = trace(traced, plan.signature, OPSETS[plan.emit])
     tensors = {name: weight_from_tensor(plan.partners.get(name, name), tensor) for name, tensor in weights.values()}
@@ -91,6 +83,23 @@ def export_graph(model: PreTrainedModel, plan: GraphPlan, store: WeightStore) ->
     return graph
 
 
+def traced_as(
+    model: PreTrainedModel, plan: GraphPlan
+) -> AbstractContextManager[TracedModel] | AbstractContextManager[TracedEncoder]:
+    """The model as this plan wants it traced: a decoder's step, or an encoder's whole texts."""
+    if plan.encoder is not None:
+        return traced_encoder(model, plan.sites, plan.gate, plan.encoder, shared=is_shared(plan))
+    return traced_model(
+        model,
+        plan.sites,
+        plan.gate,
+        plan.signature.cache_style,
+        shared=is_shared(plan),
+        with_plugin=plan.site_op is OpChoice.PLUGIN,
+        router=plan.router,
+    )
+
+
 def initializers(graph: ir.Model, tensors: Mapping[str, Weight]) -> dict[str, tuple[str, Weight]]:
     """Initializer -> (parameter, what the store is to hold for it), for every weight that the graph still reads."""
     ways = {
@@ -100,7 +109,9 @@ def initializers(graph: ir.Model, tensors: Mapping[str, Weight]) -> dict[str, tu
     return {name: way for name, way in ways.items() if name in graph.graph.initializers}
 
 
-def named_weights(base_names: Mapping[int, str], traced: TracedModel) -> dict[str, tuple[str, torch.Tensor]]:
+def named_weights(
+    base_names: Mapping[int, str], traced: TracedModel | TracedEncoder
+) -> dict[str, tuple[str, torch.Tensor]]:
     """Traced name -> (our name, tensor): base names as in the checkpoint; SITES.lora_a, SITE.lora_b, SITE.out_shift,
     SITES.prototypes and SITES.owners of a router, columns.*, gate.*.
 

@@ -16,7 +16,9 @@ from exporter.checkpoints import (
     describe_base,
     read_adapters,
     require_free,
+    without_shared_heads,
 )
+from exporter.encoder_settings import encoder_info, encoder_notes, refuse_for_encoder
 from exporter.errors import ExportError
 from exporter.merges.merge import settled
 from exporter.model_facts import refuse_untraceable, untying_notes
@@ -25,7 +27,7 @@ from exporter.spec import BuildSpec, CacheChoice, DType
 from exporter.static import mix_rows
 from exporter.variants import check_variants, require_foldable, require_switchable, row_variants, static_variants
 from exporter.verification import EXACT
-from runtime.manifest import AdapterKind, Emit, MergeMethod, MixInfo, Mode
+from runtime.manifest import AdapterKind, Emit, EncoderInfo, MergeMethod, MixInfo, Mode, Task
 from runtime.mix import mix_note
 
 
@@ -36,15 +38,20 @@ class Inputs:
     adapters: AdapterSet
     base: BaseDescription
     notes: tuple[str, ...]
+    encoder: EncoderInfo | None = None  # None: text generation
 
 
 def read_inputs(spec: BuildSpec) -> Inputs:
     """Read adapters and the base's description, and refuse whatever cannot be exported."""
     check_spec(spec)
     adapters = read_adapters(spec.adapters, spec.gate, topk_softmax=spec.topk_softmax, cache=spec.cache)
-    base = describe_base(base_reference(spec.base, adapters))
+    base = describe_base(base_reference(spec.base, adapters), spec.task)
+    refuse_for_encoder(base, adapters, spec)
     refuse_untraceable(base, spec.emit)
     notes = check_against_base(adapters, base)
+    if base.task is Task.TEXT_CLASSIFICATION:
+        adapters, shared = without_shared_heads(adapters, base)
+        notes += shared
     if spec.dtype is DType.FLOAT16:
         check_half_range(adapters, largest_weights(spec))
     if Mode.DYNAMIC in spec.modes:
@@ -59,7 +66,7 @@ def read_inputs(spec: BuildSpec) -> Inputs:
         name.rpartition(".")[0] for e in adapters.experts for name, new in e.replacements.items() if not new.rows
     }
     said = (*adapters.notes, *base.notes, *notes, *untying_notes(base, touched), *routed, *mixed)
-    return Inputs(adapters, base, said)
+    return Inputs(adapters, base, (*said, *encoder_notes(base, spec)), encoder_info(base, spec))
 
 
 def largest_weights(spec: BuildSpec) -> dict[str, float]:

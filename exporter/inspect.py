@@ -134,6 +134,7 @@ def _add_base(report: InspectReport, base: BaseDescription) -> None:
     size = sum(path.stat().st_size for path in base.files)
     report.facts += [
         ("base", base.reference),
+        ("task", base.task.value),
         ("model", f"{base.model_type}, {text.num_hidden_layers} blocks, hidden {base.hidden_size}"),
         ("vocabulary", f"{text.vocab_size}{', tied embeddings' if base.tied_embeddings else ''}"),
         ("weights", f"{len(base.files)} safetensors files, {size:,} bytes"),

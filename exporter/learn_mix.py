@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from exporter.adapters import Expert
 from exporter.dynamic import replaced
+from exporter.encoder_settings import require_generation
 from exporter.errors import ExportError
 from exporter.inputs import read_inputs
 from exporter.mixture import Mixture, blocks_of, mixed_modules
@@ -49,6 +50,7 @@ def learn_mix(spec: LearnSpec, clock: StageClock | None = None) -> Learned:
     with clock.stage("read and check"):
         # No cache, for a gate that needs the whole sequence is not used here; static, for nothing is switched.
         inputs = read_inputs(BuildSpec(spec.adapters, spec.base, spec.gate, modes=(), cache=CacheChoice.NONE))
+        require_generation(inputs.base, "learn-mix")
         require_learnable(inputs.adapters.experts)
         first = None if spec.init is None else read_mix(spec.init)
     for note in inputs.notes:

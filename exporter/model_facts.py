@@ -9,10 +9,12 @@ from transformers import PreTrainedModel
 
 from exporter.checkpoints import BaseDescription, ModuleKind
 from exporter.dynamic import cache_shapes, head_path
+from exporter.encoder import encoder_kinds
+from exporter.encoder_settings import positions_of
 from exporter.errors import ExportError
 from exporter.sites import SiteKind
 from exporter.spec import DType
-from runtime.manifest import BaseModelInfo, Emit
+from runtime.manifest import BaseModelInfo, Emit, Task
 from runtime.signature import CacheStyle, SignatureShape
 
 # Position scaling that depends on the sequence length is a branch in the model, not a graph.
@@ -29,6 +31,8 @@ NEEDED_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max
 
 def module_kinds(base: BaseDescription, model: PreTrainedModel) -> list[tuple[str, SiteKind]]:
     """Every module an expert may touch, in module-tree order (PEFT's `layer_number` order)."""
+    if base.task is not Task.TEXT_GENERATION:
+        return encoder_kinds(base, model)
     head = head_path(model)
     known = {
         ModuleKind.LINEAR: SiteKind.LINEAR,
@@ -115,16 +119,18 @@ def signature_shape(
 def base_info(base: BaseDescription, model: PreTrainedModel, dtype: DType) -> BaseModelInfo:
     """The manifest's record of the base."""
     config = model.config.get_text_config()
+    is_decoder = base.task is Task.TEXT_GENERATION
+    tokens = model.get_output_embeddings() if is_decoder else model.get_input_embeddings()
     return BaseModelInfo(
         name=base.name,
         model_type=base.model_type,
         hidden_size=config.hidden_size,
         blocks=config.num_hidden_layers,
-        vocab_size=model.get_output_embeddings().weight.shape[0],
-        max_positions=config.max_position_embeddings,
+        vocab_size=tokens.weight.shape[0],
+        max_positions=config.max_position_embeddings if is_decoder else positions_of(base),
         dtype=dtype.value,
-        bos_token_id=config.bos_token_id,
-        eos_token_ids=eos_token_ids(model),
+        bos_token_id=getattr(config, "bos_token_id", None),
+        eos_token_ids=eos_token_ids(model) if is_decoder else (),
     )
 
 

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 
 from exporter.checkpoints import load_base
+from exporter.encoder import signature_of
+from exporter.encoder_reference import EncoderReference
+from exporter.encoder_verification import EncoderVerification
 from exporter.gate import Gate, PluginGate
 from exporter.graphs import parameter_count
 from exporter.inputs import Inputs
@@ -17,7 +20,8 @@ from exporter.reference import Reference
 from exporter.sites import Site, SiteKind, stack
 from exporter.spec import BuildSpec, OpChoice
 from exporter.verification import Verification
-from runtime.manifest import VerifyLevel
+from runtime.manifest import EncoderInfo, VerifyLevel
+from runtime.signature import TOKEN_TYPE_IDS
 from runtime.text import Text
 
 FULL_UP_TO = 300_000_000  # parameters; above, `quick` is the default and weights stay mapped in verification
@@ -53,13 +57,22 @@ def make_verification(parts: Parts, spec: BuildSpec, tokenizer: Text | None) -> 
     """The measures for this model, at the level asked for or the default for its size."""
     size = parameter_count(parts.model)
     info = base_info(parts.inputs.base, parts.model, spec.dtype)
-    return Verification(
-        reference=Reference(parts.model, parts.inputs.adapters, parts.kinds),
-        adapters=parts.inputs.adapters,
-        level=spec.verify or (VerifyLevel.FULL if size <= FULL_UP_TO else VerifyLevel.QUICK),
-        spec=spec,
-        tokenizer=tokenizer,
-        vocab_size=info.vocab_size,
-        max_positions=info.max_positions,
-        is_large=size > FULL_UP_TO,
-    )
+    common: dict[str, Any] = {
+        "adapters": parts.inputs.adapters,
+        "level": spec.verify or (VerifyLevel.FULL if size <= FULL_UP_TO else VerifyLevel.QUICK),
+        "spec": spec,
+        "tokenizer": tokenizer,
+        "vocab_size": info.vocab_size,
+        "max_positions": info.max_positions,
+        "is_large": size > FULL_UP_TO,
+    }
+    encoder = parts.inputs.encoder
+    if encoder is not None:
+        return EncoderVerification(reference=encoder_reference(parts, encoder), info=encoder, **common)
+    return Verification(reference=Reference(parts.model, parts.inputs.adapters, parts.kinds), **common)
+
+
+def encoder_reference(parts: Parts, encoder: EncoderInfo) -> EncoderReference:
+    """The oracle of an encoder."""
+    types = signature_of(parts.model, encoder, 0, 0, gate=False).input(TOKEN_TYPE_IDS)
+    return EncoderReference(parts.model, parts.inputs.adapters, parts.kinds, encoder, has_types=types is not None)

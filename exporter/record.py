@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from exporter.checkpoints import compare_sources, source_files
+from exporter.encoder_settings import require_generation
 from exporter.errors import ExportError
 from exporter.inputs import read_inputs
 from exporter.parts import Parts, load_parts, make_verification
@@ -56,6 +57,7 @@ def record(bundle: Bundle, sources: BuildSpec, graph: GraphInfo, clock: StageClo
     spec = spec_from_manifest(bundle.manifest, sources)
     with clock.stage("read and check"):
         inputs = read_inputs(spec)
+        require_generation(inputs.base, "record")
         compare_sources(bundle.manifest.sources, source_files(inputs.adapters, inputs.base))
     with clock.stage("load base"):
         parts = load_parts(inputs)

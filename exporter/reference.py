@@ -53,7 +53,7 @@ class LoopedModule(nn.Module):
         self.factor = 1.0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scalings = self.scalings.value[:, :, self.index]  # [1, T, E]
+        scalings = self.row()
         base = result = self.base(x)
         scalings = scalings.reshape(*result.shape[:-1], -1)  # OPT's MLP sees its tokens as [T, .]
         for e, delta in enumerate(self.deltas):
@@ -63,6 +63,10 @@ class LoopedModule(nn.Module):
             elif delta is not None and scaled.any():
                 result = result + self.dora(x, delta, scaled, base)
         return result
+
+    def row(self) -> torch.Tensor:
+        """The scalings of this site [1, T, E]."""
+        return self.scalings.value[:, :, self.index]
 
     def dora(self, x: torch.Tensor, delta: LoraDelta, scaled: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """What PEFT adds: (m / norm - 1) * base without its bias + m / norm * the update."""
@@ -92,6 +96,16 @@ class LoopedEmbedding(LoopedModule):
         return F.linear(looked_up, delta.b.to(dtype)) * getattr(self.base, "embed_scale", 1.0)
 
 
+class LoopedFirstToken(LoopedModule):
+    """The same for a module that reads the first token only [1, in]: that token's scalings are its own.
+
+    PEFT has no rule here: its XLoraLinearLayer multiplies [1, in] by [1, T, 1].
+    """
+
+    def row(self) -> torch.Tensor:
+        return super().row()[:, 0]  # [1, E]
+
+
 class MergedModule(nn.Module):
     """base(x) + x deltaT: a static mix whose updates were merged into one delta [out, in] a module."""
 
@@ -109,6 +123,12 @@ class MergedEmbedding(MergedModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         result = self.base(x)
         return result + F.embedding(x, self.delta.T.to(result.dtype)) * getattr(self.base, "embed_scale", 1.0)
+
+
+LOOPED: Mapping[SiteKind, type[LoopedModule]] = {
+    SiteKind.EMBEDDING: LoopedEmbedding,
+    SiteKind.FIRST_TOKEN: LoopedFirstToken,
+}
 
 
 class Reference:
@@ -201,7 +221,7 @@ class Reference:
         scalings = _Scalings()
         modules: dict[str, nn.Module] = {}
         for index, (path, kind) in enumerate(self.sites):
-            cls = LoopedEmbedding if kind is SiteKind.EMBEDDING else LoopedModule
+            cls = LOOPED.get(kind, LoopedModule)
             module = cls(self.model.get_submodule(path), _deltas(self.experts, path), index, scalings)
             module.factor = self.gate.global_scaling_weight if self.gate else 1.0
             modules[path] = module

@@ -20,6 +20,7 @@ class SiteKind(StrEnum):
     CONV1D = "conv1d"  # GPT-2's Linear with a transposed weight [in, out]
     EMBEDDING = "embedding"
     LM_HEAD = "lm_head"  # a Linear that sees only the picked positions
+    FIRST_TOKEN = "first_token"  # a Linear of an encoder's head, that sees only the first token: [B, in]
 
 
 @dataclass(frozen=True, slots=True)

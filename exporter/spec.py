@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from runtime.engines import Target
-from runtime.manifest import Emit, MergeInfo, MixInfo, Mode, TopkSoftmax, VerifyLevel
+from runtime.manifest import Emit, MergeInfo, MixInfo, Mode, Pooling, Task, TopkSoftmax, VerifyLevel
 from runtime.routers import RouterKind
 
 
@@ -121,6 +121,9 @@ class BuildSpec:
     prompts: tuple[str, ...] = ()  # texts for verification; empty: the built-in ones
     overwrite: bool = False  # replace an existing bundle at `out`
     threads: int | None = None  # of ONNX Runtime during verification
+    task: Task | None = None  # None: that of the base's architecture
+    pooling: Pooling | None = None  # of embeddings; None: that of a sentence-transformers folder, else the mean
+    normalize: bool | None = None  # embeddings to length 1; None: as a sentence-transformers folder says, else not
     targets: tuple[Target, ...] = ()  # engines to be built from the bundle: what they cannot take is refused early
 
     @property

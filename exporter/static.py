@@ -118,6 +118,9 @@ def untied(model: PreTrainedModel, sites: Iterable[Site], replaced: Collection[s
     Yields head parameter -> embedding parameter where that was needed, else nothing.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None:  # an encoder
+        yield {}
+        return
     tied = head.weight is embedding.weight
     shared = head.weight
     partners: dict[str, str] = {}

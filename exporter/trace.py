@@ -12,13 +12,16 @@ import onnx_ir as ir
 import torch
 
 from exporter.dynamic import TracedModel
+from exporter.encoder import TracedEncoder
 from runtime.signature import (
     CACHE_LENGTHS,
     INPUT_IDS,
+    LENGTHS,
     LOGIT_INDEX,
     POSITION_IDS,
     ROUTER,
     SCALINGS,
+    TOKEN_TYPE_IDS,
     Signature,
     TensorSpec,
 )
@@ -27,7 +30,7 @@ from runtime.signature import (
 EXAMPLE_SIZES = {"B": 2, "S": 3, "C": 7, "K": 5}
 
 
-def trace(model: TracedModel, signature: Signature, opset: int) -> ir.Model:
+def trace(model: TracedModel | TracedEncoder, signature: Signature, opset: int) -> ir.Model:
     """Export one step as plain ONNX operators of `opset`; inputs and outputs are named by the signature."""
     inputs = example_inputs(signature)
     shapes = _dynamic_shapes(signature)
@@ -56,11 +59,16 @@ def example_inputs(signature: Signature) -> dict[str, Any]:
     tensors = {spec.name: _example(spec) for spec in signature.inputs}
     if CACHE_LENGTHS in tensors:
         tensors[CACHE_LENGTHS] = torch.tensor([EXAMPLE_SIZES["C"] - EXAMPLE_SIZES["S"], 1])
+    if LENGTHS in tensors:
+        tensors[LENGTHS] = torch.tensor([EXAMPLE_SIZES["S"], 1])
+        tensors |= {name: torch.zeros_like(tensors[name]) for name in (TOKEN_TYPE_IDS,) if name in tensors}
     return _as_arguments(signature, tensors)
 
 
 def _as_arguments(signature: Signature, values: dict[str, Any]) -> dict[str, Any]:
-    """Values by input name -> the arguments of `TracedModel.forward`."""
+    """Values by input name -> the arguments of `TracedModel.forward`, or of `TracedEncoder.forward`."""
+    if signature.input(LENGTHS) is not None:
+        return {name: values.get(name) for name in (INPUT_IDS, TOKEN_TYPE_IDS, LENGTHS, SCALINGS)}
     named = (INPUT_IDS, POSITION_IDS, CACHE_LENGTHS, SCALINGS, ROUTER, LOGIT_INDEX)
     past = [values[carry.input] for carry in signature.carries]
     return {**{name: values.get(name) for name in named}, "past": past}

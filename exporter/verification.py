@@ -30,6 +30,7 @@ from exporter.verify import (
     verify_graph,
 )
 from runtime.backends import open_session
+from runtime.encode_golden import EncodedCase
 from runtime.golden import GoldenCase, GoldenLimits, case_from_replay
 from runtime.manifest import (
     AdapterKind,
@@ -66,7 +67,7 @@ class Verification:
     is_large: bool  # weights stay mapped: slower steps, no second copy in memory
     made: list[Reference] = field(default_factory=list)  # at most one: the reference with fp64 products
 
-    def run(self, root: Path, graph: GraphInfo) -> tuple[VerifyReport, list[GoldenCase]]:
+    def run(self, root: Path, graph: GraphInfo) -> tuple[VerifyReport, Sequence[GoldenCase | EncodedCase]]:
         """Check one graph that lies in `root`; raises VerifyError when a measure fails."""
         onnx.checker.check_model(str(root / graph.path))
         if self.level is VerifyLevel.STRUCTURE:

@@ -10,9 +10,11 @@ from exporter.errors import VerifyError
 from exporter.spec import BuildSpec
 from runtime.backends import open_session
 from runtime.bundle import Bundle, open_bundle
+from runtime.encode_golden import read_encoded, replay_encoded
+from runtime.encoder_session import EncoderSession
 from runtime.errors import MachineError
 from runtime.golden import GOLDEN_PATH, GoldenCase, read_golden, replay_golden
-from runtime.manifest import Check, GraphInfo
+from runtime.manifest import Check, EncoderInfo, GraphInfo
 from runtime.session import SessionSettings
 
 
@@ -67,6 +69,8 @@ def verify_bundle(path: Path, sources: BuildSpec | None = None, *, threads: int 
 
 def replay_bundle(bundle: Bundle, threads: int | None) -> list[GraphChecks]:
     """Every golden case of every graph; needs numpy and a backend, no torch."""
+    if bundle.manifest.encoder is not None:
+        return replay_encoder(bundle, bundle.manifest.encoder, threads)
     if not any(artifact.path == GOLDEN_PATH for artifact in bundle.manifest.artifacts):
         return []
     golden = read_golden(bundle.read(GOLDEN_PATH), str(bundle.root / GOLDEN_PATH))
@@ -76,6 +80,22 @@ def replay_bundle(bundle: Bundle, threads: int | None) -> list[GraphChecks]:
         if not cases:
             raise VerifyError("the golden set has no case of this graph", where=f"graph {graph.name}", code="E_VERIFY")
         results.append(GraphChecks(graph.name, "golden set", replay_graph(bundle, graph, cases, threads)))
+    return results
+
+
+def replay_encoder(bundle: Bundle, encoder: EncoderInfo, threads: int | None) -> list[GraphChecks]:
+    """The same for an encoder: each graph's texts as one batch."""
+    golden, results = read_encoded(bundle), []
+    for graph in bundle.manifest.graphs if golden else ():
+        cases = [case for case in golden if case.graph == graph.name]
+        if not cases:
+            raise VerifyError("the golden set has no case of this graph", where=f"graph {graph.name}", code="E_VERIFY")
+        settings = SessionSettings(encoder.max_tokens, threads=threads)
+        session = EncoderSession(bundle.file(graph.path), graph.signature, settings)
+        try:
+            results.append(GraphChecks(graph.name, "golden set", replay_encoded(session, cases)))
+        finally:
+            session.close()
     return results
 
 

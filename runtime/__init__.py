@@ -6,6 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from runtime.encode import Classification as Classification
+    from runtime.encode import EncodeOptions as EncodeOptions
+    from runtime.encode import Encoder as Encoder
+    from runtime.encode import Variant as Variant
+    from runtime.encode import classify as classify
+    from runtime.encode import embed as embed
+    from runtime.encode import load_encoder as load_encoder
+    from runtime.encoder_session import EncodedText as EncodedText
     from runtime.errors import InputError as InputError
     from runtime.errors import MachineError as MachineError
     from runtime.errors import NumericError as NumericError
@@ -26,6 +34,16 @@ if TYPE_CHECKING:
 _HOMES = {
     name: module
     for module, names in {
+        "runtime.encode": (
+            "Classification",
+            "Encoder",
+            "EncodeOptions",
+            "Variant",
+            "classify",
+            "embed",
+            "load_encoder",
+        ),
+        "runtime.encoder_session": ("EncodedText",),
         "runtime.errors": ("InputError", "MachineError", "NumericError", "UserError"),
         "runtime.generate": ("GenerateOptions", "Routed", "complete"),
         "runtime.model": ("Model", "load"),

@@ -1,4 +1,4 @@
-"""The command line: `inspect` and `generate`, and `compare` with a recording. Heavy imports wait."""
+"""The command line: `inspect`, `generate`, `embed`, `classify`, `compare` with a recording. Heavy imports wait."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.command import run_command
+from runtime.encode_command import add_encode, classify, embed
 from runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # any model text prints in any locale
-    commands = {"inspect": inspect, "generate": generate, "compare": compare}
+    commands = {"inspect": inspect, "generate": generate, "compare": compare, "embed": embed, "classify": classify}
     return run_command(
         lambda: commands[args.command](args), packages=".[cpu]", memory="shorter prompts or a smaller --batch-size"
     )
@@ -40,6 +41,8 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("bundle", metavar="BUNDLE", type=Path)
     show.add_argument("--json", action="store_true", help="print the manifest as JSON")
     _add_generate(commands.add_parser("generate", help="generate text; greedy unless a temperature is given"))
+    add_encode(commands.add_parser("embed", help="one embedding a text, of an encoder's bundle"), embeds=True)
+    add_encode(commands.add_parser("classify", help="each text's label, of an encoder's bundle"), embeds=False)
     _add_compare(commands.add_parser("compare", help="is what runs here still the model? against a recording"))
     return top
 

@@ -13,11 +13,12 @@ from runtime.manifest import (
     Manifest,
     MixInfo,
     Mode,
+    Task,
     VariantInfo,
     VariantKind,
 )
 from runtime.safe_files import MAX_FILES, collisions, path_problem
-from runtime.signature import GATE, ROUTER, SCALINGS
+from runtime.signature import EMBEDDINGS, GATE, LENGTHS, LOGITS, ROUTER, SCALINGS
 
 _GIB = 1 << 30
 MAX_BYTES = {
@@ -74,6 +75,7 @@ def contradictions(manifest: Manifest) -> Iterator[tuple[str, str]]:
     if manifest.tokenizer and manifest.tokenizer.path not in paths:
         yield "tokenizer", f"its file {manifest.tokenizer.path!a} is not listed"
     yield from _report_contradictions(manifest)
+    yield from _encoder_contradictions(manifest)
 
 
 def _expert_contradictions(manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -155,6 +157,29 @@ def _mix_contradictions(manifest: Manifest, graph: GraphInfo, mix: MixInfo) -> I
     scalings = graph.signature.input(SCALINGS)
     if mix.is_per_site and scalings is not None and scalings.shape[2] != len(manifest.sites):
         yield "its mix has weights by site, its graph has not one row of scalings a site"
+
+
+def _encoder_contradictions(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """An encoder says what its graphs give, and its graphs give just that; a decoder is none."""
+    encoder, widths = manifest.encoder, {Task.FEATURE_EXTRACTION: (EMBEDDINGS, manifest.base.hidden_size)}
+    if (manifest.task is Task.TEXT_GENERATION) != (encoder is None):
+        yield "encoder", f"does not fit the task {manifest.task}"
+        return
+    if encoder is None:
+        return
+    widths[Task.TEXT_CLASSIFICATION] = (LOGITS, len(encoder.labels))
+    embeds = manifest.task is Task.FEATURE_EXTRACTION
+    if embeds != (encoder.pooling is not None) or embeds == bool(encoder.labels) or embeds == bool(encoder.scores):
+        yield "encoder", "embeddings have a pooling, classes have labels and scores; not both"
+    if encoder.max_tokens > manifest.base.max_positions:
+        yield "encoder", f"{encoder.max_tokens} tokens, the base has {manifest.base.max_positions} positions"
+    if manifest.gate and manifest.gate.scaling_pass_row_per_length:
+        yield "gate", "the flattened top-k softmax depends on the batch and has no encoder"
+    name, width = widths[manifest.task]
+    for graph in manifest.graphs:
+        output = graph.signature.output(name)
+        if output is None or output.shape != ("B", width) or graph.signature.input(LENGTHS) is None:
+            yield f"graphs.{graph.name}", f"is no encoder with {name} [B, {width}]"
 
 
 def _report_contradictions(manifest: Manifest) -> Iterator[tuple[str, str]]:

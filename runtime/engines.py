@@ -49,8 +49,8 @@ class Range(Strict):
 class ProfileInfo(Strict):
     """One optimisation profile; its place in the list is its index in the engine."""
 
-    name: Literal["prefill", "decode", "whole"]
-    ranges: dict[str, Range]  # by symbol of the signature: B, S, C, K
+    name: Literal["prefill", "decode", "whole", "encoder"]
+    ranges: dict[str, Range]  # by symbol of the signature: B, S, C, K; an encoder's are B and S
 
 
 class PlanInfo(Strict):
@@ -122,6 +122,10 @@ def read_engine_manifest(data: bytes, where: str = MANIFEST_NAME) -> EngineManif
     return parse_manifest(EngineManifest, ENGINE_FORMAT_VERSION, data, where, contradictions)
 
 
+def _needed(profile: ProfileInfo) -> set[str]:
+    return {"B", "S"} if profile.name == "encoder" else {"B", "S", "K"}
+
+
 def contradictions(manifest: EngineManifest) -> Iterator[tuple[str, str]]:
     """(field, what is wrong) wherever one part of the manifest contradicts another."""
     paths = [file.path for file in manifest.artifacts]
@@ -134,7 +138,7 @@ def contradictions(manifest: EngineManifest) -> Iterator[tuple[str, str]]:
     for plan in manifest.plans:
         if unknown := sorted(set(plan.plugins) - set(OPERATORS)):
             yield f"plans.{plan.graph}.plugins", f"names {', '.join(unknown)}; this version has {', '.join(OPERATORS)}"
-        if not plan.profiles or any(not {"B", "S", "K"} <= profile.ranges.keys() for profile in plan.profiles):
+        if not plan.profiles or any(not _needed(profile) <= profile.ranges.keys() for profile in plan.profiles):
             yield f"plans.{plan.graph}", "needs profiles with ranges for B, S and K at least"
         for profile in plan.profiles:
             wrong = [

@@ -75,10 +75,17 @@ def _table(title: str, rows: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def _base(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    base = manifest.base
+    base, encoder = manifest.base, manifest.encoder
     yield "name", f"{base.name} ({base.model_type}, {base.dtype})"
     yield "size", f"{base.blocks} blocks, hidden {base.hidden_size}, vocabulary {base.vocab_size}"
     yield "context", f"{base.max_positions} positions"
+    if encoder is not None:
+        yield "task", f"{manifest.task}, texts of up to {encoder.max_tokens} tokens"
+    if encoder is not None and encoder.pooling is not None:
+        yield "embeddings", f"{encoder.pooling} pooling" + (", normalised to length 1" if encoder.normalize else "")
+    if encoder is not None and encoder.labels:
+        shown = ", ".join(encoder.labels[:8]) + (", …" if len(encoder.labels) > 8 else "")
+        yield "labels", f"{len(encoder.labels)}: {shown}; scores: {encoder.scores}"
 
 
 def _experts(manifest: Manifest) -> list[str]:

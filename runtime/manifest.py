@@ -80,6 +80,30 @@ class AdapterKind(StrEnum):
     ADALORA = "adalora"  # a LoRA once its singular values are folded in
 
 
+class Task(StrEnum):
+    """What a bundle is for, in Hugging Face's words; all but the first are encoders."""
+
+    TEXT_GENERATION = "text-generation"
+    FEATURE_EXTRACTION = "feature-extraction"  # one embedding a text
+    TEXT_CLASSIFICATION = "text-classification"
+
+
+class Pooling(StrEnum):
+    """How the hidden states of a text become one embedding."""
+
+    MEAN = "mean"  # over all its tokens, special ones included
+    CLS = "cls"  # that of the first token
+    MAX = "max"  # the largest of each channel
+
+
+class Scores(StrEnum):
+    """How logits become scores."""
+
+    SOFTMAX = "softmax"  # one label is right
+    SIGMOID = "sigmoid"  # each label by itself
+    NONE = "none"  # a regression
+
+
 class MergeMethod(StrEnum):
     """How a static graph's mix becomes one update a module; docs/merges.md has the maths."""
 
@@ -133,7 +157,7 @@ class SiteInfo(Strict):
     """One adapted module: `experts` are the names that touch it, `ranks` theirs in the same order."""
 
     path: str
-    kind: str  # linear | embedding | lm_head
+    kind: str  # linear | conv1d | embedding | lm_head | first_token
     experts: tuple[ExpertName, ...]
     ranks: tuple[int, ...]
 
@@ -262,10 +286,22 @@ class TokenizerInfo(Strict):
     add_bos: bool  # whether encoding with special tokens prepends bos (for information)
 
 
+class EncoderInfo(Strict):
+    """What an encoder's graphs take and give, besides their signatures."""
+
+    max_tokens: Annotated[int, Field(ge=1)]  # of one text, special tokens included
+    pooling: Pooling | None = None  # feature-extraction: in the graph
+    normalize: bool = False  # feature-extraction: embeddings have length 1
+    labels: tuple[str, ...] = ()  # text-classification: by column of the logits
+    scores: Scores | None = None  # text-classification
+
+
 class Manifest(Listing):
     """Everything a bundle says of itself. Deterministic: no times, no machine paths."""
 
     name: str
+    task: Task = Task.TEXT_GENERATION
+    encoder: EncoderInfo | None = None  # of every other task
     base: BaseModelInfo
     experts: tuple[ExpertInfo, ...]
     sites: tuple[SiteInfo, ...]

@@ -15,7 +15,7 @@ from runtime.backends.trt import TrtSession
 from runtime.bundle import Bundle, open_bundle
 from runtime.engines import Target, fitting_engine
 from runtime.errors import InputError
-from runtime.manifest import GraphInfo, Manifest, Mode, VariantInfo
+from runtime.manifest import GraphInfo, Manifest, Mode, Task, VariantInfo
 from runtime.session import Session, SessionSettings
 from runtime.tensorrt import load_tensorrt, this_machine
 from runtime.text import Text
@@ -96,6 +96,7 @@ def load(
     if threads is not None and threads < 1:
         raise InputError("threads", got=str(threads), need="at least 1")
     bundle = open_bundle(Path(path))
+    require_task(bundle, Task.TEXT_GENERATION)
     info = pick_graph(bundle, graph if variant is None else variant_named(bundle.manifest, variant).graph)
     settings = SessionSettings(bundle.manifest.base.max_positions, provider, threads)
     tokenizer = bundle.manifest.tokenizer
@@ -117,6 +118,27 @@ def engine_session(bundle: Bundle, graph: GraphInfo, target: Target, settings: S
     engines, plan = fitting_engine(bundle, graph.name, this_machine(target, trt))
     plugins = partial(register, names=plan.plugins) if plan.plugins else None
     return TrtSession(engines.read(plan.path), graph.signature, settings, plan.profiles, target, plugins)
+
+
+COMMANDS = {  # task -> the command that runs it
+    Task.TEXT_GENERATION: "generate",
+    Task.FEATURE_EXTRACTION: "embed",
+    Task.TEXT_CLASSIFICATION: "classify",
+}
+
+
+def require_task(bundle: Bundle, *tasks: Task) -> None:
+    """Refuse a bundle that is for something else."""
+    task = bundle.manifest.task
+    if task not in tasks:
+        raise InputError(
+            "this bundle is for another task",
+            where=str(bundle.root),
+            got=task.value,
+            need=" or ".join(tasks),
+            fix=f"python -m runtime {COMMANDS[task]} BUNDLE …",
+            code="E_TASK",
+        )
 
 
 def variant_named(manifest: Manifest, name: str) -> VariantInfo:

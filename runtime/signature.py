@@ -19,7 +19,10 @@ CACHE_LENGTHS = "cache_lengths"  # [B] int64: entries of each row's cache that c
 SCALINGS = "scalings"  # [B, S, G, E] float32
 ROUTER = "router"  # [B] float32: 1 = the row is routed inside the sites, 0 = its scalings hold as they stand
 LOGIT_INDEX = "logit_index"  # [B, K] int64: positions along S that get logits; K may be 0
+TOKEN_TYPE_IDS = "token_type_ids"  # [B, S] int64: 1 in the second text of a pair; encoders that have types
+LENGTHS = "lengths"  # [B] int64: an encoder's real tokens of each row, the rest is right padding
 LOGITS = "logits"  # [B, K, V]
+EMBEDDINGS = "embeddings"  # [B, H] float32: one vector a text, pooled
 GATE = "gate"  # [B, S, G, E] float32, after softmax, top-k and top-k softmax
 
 
@@ -124,3 +127,29 @@ def signature_from_shape(shape: SignatureShape) -> Signature:
             outputs.append(TensorSpec(present, shape.dtype, ("B", heads, new, dim)))
             carries.append(Carry(present, past, shape.cache))
     return Signature(tuple(inputs), tuple(outputs), tuple(carries))
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderShape:
+    """The numbers an encoder's signature is made from."""
+
+    output: str  # EMBEDDINGS or LOGITS
+    width: int  # of the output: the hidden size, or the number of labels
+    token_types: bool
+    scalings: int  # G; 0 = the graph takes no scalings (static)
+    experts: int  # E
+    gate: bool
+
+
+def encoder_signature(shape: EncoderShape) -> Signature:
+    """A whole-sequence graph without caches: tokens and lengths in, one float32 vector a row and the gate out."""
+    inputs = [TensorSpec(INPUT_IDS, "int64", ("B", "S"))]
+    if shape.token_types:
+        inputs.append(TensorSpec(TOKEN_TYPE_IDS, "int64", ("B", "S")))
+    inputs.append(TensorSpec(LENGTHS, "int64", ("B",)))
+    if shape.scalings:
+        inputs.append(TensorSpec(SCALINGS, "float32", ("B", "S", shape.scalings, shape.experts)))
+    outputs = [TensorSpec(shape.output, "float32", ("B", shape.width))]
+    if shape.gate:
+        outputs.append(TensorSpec(GATE, "float32", ("B", "S", shape.scalings, shape.experts)))
+    return Signature(tuple(inputs), tuple(outputs), ())

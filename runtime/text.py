@@ -31,6 +31,20 @@ class Text:
         )
         return ids
 
+    def encode_pair(self, text: str, pair: str | None, longest: int | None = None) -> tuple[list[int], list[int]]:
+        """Token ids and types (1 in the second text) with special tokens; cut to `longest` tokens where it is given."""
+
+        def encoded() -> tuple[list[int], list[int]]:
+            found = self._tokenizer.encode(text, pair)
+            return found.ids, found.type_ids
+
+        if longest is not None:
+            self._tokenizer.enable_truncation(longest)
+        try:
+            return self._guard("cannot encode the text", encoded)
+        finally:
+            self._tokenizer.no_truncation()
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids."""
         text: str = self._guard(

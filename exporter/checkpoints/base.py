@@ -14,10 +14,13 @@ import torch
 from exporter.checkpoints.base_folder import folder_of, weight_files
 from exporter.checkpoints.files import shown_path
 from exporter.checkpoints.problems import gathering, shortened, shown
+from exporter.checkpoints.sentence import SentenceSettings, read_sentence
 from exporter.checkpoints.strict_json import read_json
+from exporter.checkpoints.task import ENCODERS, model_class, model_options, task_of
 from exporter.checkpoints.weights_file import FLOAT_DTYPES, open_weights
 from exporter.errors import ExportError
 from runtime.errors import InputError, raise_all
+from runtime.manifest import Task
 
 # A config that asks for more would take minutes or gigabytes just to describe.
 MAX_BLOCKS, MAX_WIDTH, MAX_MODULES = 512, 1 << 22, 200_000
@@ -60,6 +63,9 @@ class BaseDescription:
     files: tuple[Path, ...]  # safetensors, sorted
     stored_names: Mapping[str, str] = field(default_factory=dict)  # our name -> the files', where those differ
     notes: tuple[str, ...] = ()
+    task: Task = Task.TEXT_GENERATION
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the model's constructor
+    sentence: SentenceSettings | None = None  # of a sentence-transformers folder
 
     @property
     def text_config(self) -> Any:
@@ -72,13 +78,18 @@ class BaseDescription:
         return int(self.text_config.hidden_size)
 
 
-def describe_base(reference: str) -> BaseDescription:
-    """Describe a base by its config and the headers of its weight files; refuses what we never could load."""
+def describe_base(reference: str, task: Task | None = None) -> BaseDescription:
+    """Describe a base by its config and the headers of its weight files; refuses what we never could load.
+
+    `task` overrides what the config's architecture says.
+    """
     folder = folder_of(reference)
     notes: list[str] = []
     config = _read_config(folder, notes)
+    task = task_of(read_json(folder / "config.json"), folder, task)
     files = weight_files(folder)
-    model = _meta_model(config, folder)
+    options = model_options(task, config.model_type, _stored_keys(files))
+    model = _meta_model(config, folder, task, options)
     modules = {path: module_info(module) for path, module in model.named_modules() if path and is_leaf(module)}
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     stored_names = _check_headers(files, shapes, folder, _renaming(model))
@@ -96,6 +107,9 @@ def describe_base(reference: str) -> BaseDescription:
         files=files,
         stored_names=stored_names,
         notes=tuple(notes),
+        task=task,
+        options=options,
+        sentence=read_sentence(folder) if task is Task.FEATURE_EXTRACTION else None,
     )
 
 
@@ -141,14 +155,14 @@ def _check_raw(raw: dict[str, Any], path: Path, notes: list[str]) -> None:
 
     where, problems = shown_path(path), list[InputError]()
     model_type = raw.get("model_type")
-    is_known = isinstance(model_type, str) and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    is_known = isinstance(model_type, str) and model_type in {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *ENCODERS}
     if not is_known:
         what = "needs code from its own repository, which is never run" if raw.get("auto_map") else "is not known"
         problems.append(
             ExportError(
                 f"model_type {shown(model_type)} {what}",
                 where=where,
-                need="a causal language model that transformers itself has",
+                need="a causal language model or an encoder that transformers itself has",
                 code="E_BASE",
             )
         )
@@ -172,13 +186,20 @@ def _check_raw(raw: dict[str, Any], path: Path, notes: list[str]) -> None:
     raise_all(where, problems)
 
 
-def _meta_model(config: Any, folder: Path) -> Any:
-    """The model without memory for its weights."""
-    from transformers import AutoModelForCausalLM
+def _stored_keys(files: tuple[Path, ...]) -> frozenset[str]:
+    """The names of all tensors in the files."""
+    keys: set[str] = set()
+    for path in files:
+        with open_weights(path) as file:
+            keys |= set(file.entries)
+    return frozenset(keys)
 
+
+def _meta_model(config: Any, folder: Path, task: Task, options: Mapping[str, Any]) -> Any:
+    """The model without memory for its weights."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return model_class(task).from_config(config, trust_remote_code=False, **options)
     except Exception as error:  # model constructors raise anything on bad sizes
         raise _bad_config(folder / "config.json", f"{type(error).__name__}: {str(error)[:300]}") from error
 

@@ -9,6 +9,7 @@ import torch
 from exporter.checkpoints.base import BaseDescription
 from exporter.checkpoints.files import shown_path
 from exporter.checkpoints.problems import listed
+from exporter.checkpoints.task import is_unused_head, model_class
 from exporter.checkpoints.weights_file import is_finite
 from exporter.errors import ExportError
 from runtime.errors import InputError, raise_all
@@ -16,12 +17,10 @@ from runtime.errors import InputError, raise_all
 
 def load_base(base: BaseDescription, dtype: torch.dtype) -> Any:
     """The base model in eval mode without gradients; refuses missing, unused, misshapen and non-finite weights."""
-    from transformers import AutoModelForCausalLM
-
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = model_class(base.task).from_pretrained(
             base.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
-            output_loading_info=True, low_cpu_mem_usage=True,
+            output_loading_info=True, low_cpu_mem_usage=True, **base.options,
         )  # fmt: skip
     except Exception as error:  # the loader raises anything on damaged files
         got = f"{type(error).__name__}: {str(error)[:300]}"
@@ -40,8 +39,10 @@ def _loading_problems(info: dict[str, Any], base: BaseDescription) -> list[Input
         ("mismatched_keys", "weights of the base have the wrong shape"),
         ("error_msgs", "the base could not be read"),
     ):
-        if found := info.get(field):
-            names = sorted(str(name) for name in found)
+        found = [str(name) for name in info.get(field) or ()]
+        if field == "unexpected_keys":
+            found = [name for name in found if not is_unused_head(name, base.task)]
+        if names := sorted(found):
             problems.append(
                 ExportError(what, where=shown_path(base.folder), got=listed(names), fix="check config.json and files")
             )

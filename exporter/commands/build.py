@@ -23,7 +23,17 @@ from exporter.commands.options import (
 from exporter.errors import ExportError
 from exporter.spec import BuildSpec, CacheChoice, DType, OpChoice, RouterSpec, ScalingsChoice
 from runtime.engines import Target
-from runtime.manifest import BUILD_LOG_NAME, Emit, MergeInfo, MergeMethod, Mode, TopkSoftmax, VerifyLevel
+from runtime.manifest import (
+    BUILD_LOG_NAME,
+    Emit,
+    MergeInfo,
+    MergeMethod,
+    Mode,
+    Pooling,
+    Task,
+    TopkSoftmax,
+    VerifyLevel,
+)
 from runtime.routers import RouterKind
 
 if TYPE_CHECKING:
@@ -70,6 +80,13 @@ def add_options(commands: Commands) -> None:
         type=one_of(VerifyLevel),
         choices=list(VerifyLevel),
         help="default full up to 300 M parameters, then quick",
+    )
+    add("--task", type=one_of(Task), choices=list(Task), help="default: that of the base's architecture")
+    add("--pooling", type=one_of(Pooling), choices=list(Pooling), help="of embeddings (default: the folder's, or mean)")
+    add(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        help="embeddings to length 1 (default: the folder's)",
     )
     add("--prompt", dest="prompts", action="append", default=[], metavar="TEXT", help="verify with these texts")
     add("--threads", type=int, metavar="N", help="of ONNX Runtime during verification")
@@ -165,6 +182,9 @@ def _build_spec(args: argparse.Namespace) -> BuildSpec:
         topk_softmax=args.topk_softmax,
         verify=args.verify,
         prompts=tuple(args.prompts),
+        task=args.task,
+        pooling=args.pooling,
+        normalize=args.normalize,
         overwrite=args.overwrite,
         threads=args.threads,
         targets=tuple(Target(name) for name in dict.fromkeys(args.target or ()) if name != "ort"),

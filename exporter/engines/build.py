@@ -83,12 +83,14 @@ def chosen_graphs(bundle: Bundle, spec: EngineSpec) -> list[GraphInfo]:
 def planned_manifest(bundle: Bundle, graphs: list[GraphInfo], spec: EngineSpec, trt: Any) -> EngineManifest:
     """The manifest, but for the files."""
     digests = {artifact.path: artifact.sha256 for artifact in bundle.artifacts("graph")}
+    encoder = bundle.manifest.encoder
+    longest = encoder.max_tokens if encoder else bundle.manifest.base.max_positions
     plans = tuple(
         PlanInfo(
             graph=graph.name,
             onnx_sha256=digests[graph.path],
             path=f"{graph.name}.plan",
-            profiles=profiles_of(graph, spec, bundle.manifest.base.max_positions),
+            profiles=profiles_of(graph, spec, longest),
             plugins=plugins_of(graph, spec),
         )
         for graph in graphs

@@ -11,7 +11,7 @@ from plugins.operators import GATE_SCALINGS, GATED_LOW_RANK
 from runtime.caches import GRAIN
 from runtime.engines import ProfileInfo, Range, Target
 from runtime.manifest import GraphInfo
-from runtime.signature import CacheStyle, TensorSpec
+from runtime.signature import LENGTHS, CacheStyle, TensorSpec
 
 PREFILL_OPT, DECODE_OPT = 128, 256  # tokens of a prompt, entries of a cache: what engines are tuned for
 
@@ -54,6 +54,9 @@ def profiles_of(graph: GraphInfo, spec: EngineSpec, max_positions: int) -> tuple
     context = min(spec.max_context or 4096, max_positions)
     tokens = min(spec.max_tokens, context)
     some = Range(min=0, opt=1, max=1)
+    if graph.signature.input(LENGTHS) is not None:  # an encoder: gated texts take two calls of the same rows
+        length = Range(min=1, opt=min(PREFILL_OPT, tokens), max=tokens)
+        return (ProfileInfo(name="encoder", ranges={"B": Range(min=1, opt=1, max=spec.max_batch), "S": length}),)
     if graph.signature.cache_style is CacheStyle.NONE:
         length = Range(min=1, opt=min(PREFILL_OPT, context), max=context)
         return (ProfileInfo(name="whole", ranges={"B": Range(min=1, opt=1, max=1), "S": length, "K": some}),)

@@ -7,7 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from exporter.build_bundle import build
+from exporter.spec import VariantSpec
+from runtime.manifest import MixInfo, Mode
 from tests.exporter.analysed import Analysed, analyse_llama
+from tests.exporter.encoder_makers import EncoderBuilt, write_random, write_sentence_layout, write_trained
 from tests.exporter.tiny_builds import Built, build_family
 
 
@@ -34,3 +38,22 @@ def family_build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bu
 def analysed(tmp_path_factory: pytest.TempPathFactory) -> Analysed:
     """A llama's bundle and its analysis. Nobody may change its files."""
     return analyse_llama(tmp_path_factory.mktemp("analysed"))
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> EncoderBuilt:
+    """A BERT trained on tiny tasks: a dynamic graph with a named mix, and a static one. Nobody may change its files."""
+    folder = tmp_path_factory.mktemp("classifier")
+    checkpoint = write_trained(folder)
+    variants = (VariantSpec("half", MixInfo(weights={"taste": 0.5, "sound": 0.25})),)
+    settings = {"modes": (Mode.DYNAMIC, Mode.STATIC), "mix": {"taste": 0.7, "sound": 0.2}, "variants": variants}
+    return EncoderBuilt(checkpoint, build(checkpoint.spec(out=folder / "bundle", **settings)))
+
+
+@pytest.fixture(scope="session")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> EncoderBuilt:
+    """A random sentence-transformers BERT with experts on its pooler too, and a deep layerwise gate."""
+    folder = tmp_path_factory.mktemp("embedder")
+    checkpoint = write_random(folder, blocks=2, xlora_depth=2, scaling_pass_value=0.3, softmax_temperature=0.8)
+    write_sentence_layout(checkpoint.base)
+    return EncoderBuilt(checkpoint, build(checkpoint.spec(out=folder / "bundle")))

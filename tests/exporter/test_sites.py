@@ -13,7 +13,7 @@ from exporter.adapters import AdapterSet, Expert, LoraDelta
 from exporter.dynamic import grouped_by_input, replaced
 from exporter.errors import ExportError
 from exporter.gated import Columns, StepState, gated_modules, joined_path
-from exporter.reference import LoopedEmbedding, LoopedModule, _Scalings
+from exporter.reference import LOOPED, LoopedEmbedding, LoopedModule, _Scalings
 from exporter.sites import SiteKind, stack
 from tests.exporter.test_gate import config
 from tests.exporter.tiny_builds import difference
@@ -107,6 +107,8 @@ def gated_and_looped(kind: SiteKind, adapters: AdapterSet, groups: int) -> tuple
         if kind is SiteKind.LM_HEAD:
             rows = torch.arange(BATCH)[:, None]
             return gated(x[rows, picked]), expected[rows, picked]
+        if kind is SiteKind.FIRST_TOKEN:  # the first token alone, as heads of encoders read it
+            return gated(x[:, 0]), expected[:, 0]
         return gated(x), expected
 
 
@@ -143,6 +145,7 @@ def test_dora_is_the_loop_and_leaves_other_rows_alone(kind: SiteKind, groups: in
     rows[0, 0, -1, 0] = rows[1, 0, -1, 1] = rows[3, 0, -1, 2] = 1.0
     x = torch.randn(1, 1, WIDTH, generator=torch.Generator().manual_seed(1)).expand(4, -1, -1)
     x = torch.full((4, 1), 3) if kind is SiteKind.EMBEDDING else x
+    x = x[:, 0] if kind is SiteKind.FIRST_TOKEN else x
 
     def gated(adapters: AdapterSet) -> torch.Tensor:
         sites = [[site] for site in stack(adapters, kinds, nn.ModuleDict({"first": first, "second": base}))]
@@ -151,7 +154,7 @@ def test_dora_is_the_loop_and_leaves_other_rows_alone(kind: SiteKind, groups: in
 
     raw = _Scalings()
     raw.value = rows.expand(-1, -1, 2, -1)
-    looped = LoopedEmbedding if kind is SiteKind.EMBEDDING else LoopedModule
+    looped = LOOPED.get(kind, LoopedModule)
     wanted = looped(base, [expert.deltas.get("second") for expert in adapters.experts], 1, raw)(x).detach()
     got, without = gated(adapters), gated(plain)
     assert difference(got, wanted) <= NOISE * float(wanted.abs().max())
