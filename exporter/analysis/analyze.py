@@ -35,7 +35,7 @@ from exporter.training_texts import TrainingText, read_texts
 from exporter.watch import StageClock
 from runtime.backends import open_session
 from runtime.bundle import Bundle, open_bundle
-from runtime.manifest import GraphInfo, Manifest, Mode
+from runtime.manifest import GraphInfo, Manifest, Mode, Task
 from runtime.mix_file import MixFile
 from runtime.passes import Routing
 from runtime.routing import routing_for
@@ -153,6 +153,17 @@ def open_all(spec: AnalyzeSpec, clock: StageClock) -> Opened:
             got=", ".join(f"{graph.name} ({graph.mode})" for graph in manifest.graphs),
             fix="build with --mode dynamic",
             code="E_GRAPH",
+        )
+    if manifest.task is not Task.TEXT_GENERATION:
+        need = "a bundle that generates text"
+        raise ExportError("cannot be analysed", where=str(spec.bundle), got=manifest.task, need=need, code="E_TASK")
+    if graph.router is not None:
+        raise ExportError(
+            "cannot be analysed: routers inside the sites leave no scalings to look at",
+            where=str(spec.bundle),
+            got=f"--router {graph.router.kind}",
+            fix="build the same adapters without --router",
+            code="E_UNSUPPORTED",
         )
     if manifest.tokenizer is None:
         raise ExportError(

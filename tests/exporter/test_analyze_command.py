@@ -24,7 +24,8 @@ from runtime.cli import main as run_runtime
 from runtime.errors import InputError, MachineError
 from runtime.mix_file import MixFile, read_mix
 from tests.exporter.analysed import Analysed
-from tests.runtime.tiny_bundles import tiny_bundle
+from tests.runtime.tiny_bundles import BYTE_SHAPE, tiny_bundle
+from tests.runtime.tiny_graphs import TinyShape
 
 FILES = ["mix.json", "report.html", "report.json"]
 
@@ -243,6 +244,13 @@ def test_a_bundle_without_a_tokenizer(analysed: Analysed, tmp_path: Path, capsys
     command = words(analysed, tmp_path / "report")
     command[1] = str(tiny_bundle(tmp_path / "mute", tokenizer=False))
     assert "the bundle has no tokenizer, so it cannot read texts" in refused(command, capsys)
+
+
+def test_a_bundle_with_a_router(analysed: Analysed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = words(analysed, tmp_path / "report")
+    shape = TinyShape(vocab=BYTE_SHAPE.vocab, gate=False, router=True)
+    command[1] = str(tiny_bundle(tmp_path / "routed", shape))
+    assert "routers inside the sites leave no scalings to look at" in refused(command, capsys)
 
 
 def test_targets_that_cannot_be(analysed: Analysed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -239,6 +239,15 @@ def test_text_generation_commands_refuse_encoders(
         ("runtime", "embed", bundle, "--text", "up"): "for another task.*use classify",
         ("runtime", "classify", str(embedder.bundle.root), "--text", "up"): "for another task.*use embed",
         ("exporter", "record", bundle, *base, "--out", str(tmp_path / "r.npz")): "record works on text generation only",
+        (
+            "exporter",
+            "analyze",
+            bundle,
+            "--data",
+            str(data),
+            "--out",
+            str(tmp_path / "a"),
+        ): "cannot be analysed; got text-",
         ("exporter", "learn-mix", *base, "--data", str(data), "--out", str(tmp_path / "m.json")): "learn-mix works on",
     }
     for (room, *words), message in runs.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,6 +184,7 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.config = SimpleNamespace(_attn_implementation="eager", _experts_implementation="eager")
         self.q, self.o, self.k, self.unused = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
