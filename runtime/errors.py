@@ -55,11 +55,11 @@ class NumericError(UserError):
 
     exit_code = 4
 
-    def __init__(self, tensor: str, rows: tuple[int, ...]) -> None:
+    def __init__(self, tensor: str, rows: tuple[int, ...], unit: str = "row") -> None:
         self.tensor, self.rows = tensor, rows
         numbers = ", ".join(str(row) for row in rows)
         super().__init__(
-            f"{tensor} is not finite for row {numbers} of the step; nothing of it was kept",
+            f"{tensor} is not finite for {unit} {numbers} of the step; nothing of it was kept",
             need="finite numbers",
             fix="run `python -m exporter verify BUNDLE`; build again if it fails",
             code="E_NUMERIC",

@@ -11,7 +11,7 @@ from time import perf_counter
 
 import numpy as np
 
-from runtime.errors import InputError, raise_all
+from runtime.errors import InputError, NumericError, raise_all
 from runtime.model import Model
 from runtime.passes import Ids
 from runtime.request import Completion, Limits, Request, TokenEvent
@@ -145,7 +145,10 @@ def _run(model: Model, requests: list[Request], ways: Sequence[_Way], batch: lis
             raise InputError(
                 "another generation has begun on this model", fix="finish one first, or load the model twice"
             )
-        logits = passes.forward(*_padded([request.pending() for request in rows]))
+        try:
+            logits = passes.forward(*_padded([request.pending() for request in rows]))
+        except NumericError as error:
+            raise NumericError(error.tensor, tuple(batch[row] + 1 for row in error.rows), "prompt") from error
         for request, row in zip(rows, logits, strict=True):
             if not request.is_done:
                 yield request.accept(row, perf_counter() - began)

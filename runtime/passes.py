@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.errors import NumericError
 from runtime.rows import Rows
 from runtime.session import Session
 from runtime.signature import ROUTER
@@ -57,11 +58,15 @@ class ExactPasses:
         session.allocate(gated + batch)
 
     def forward(self, tokens: Ids, counts: Ids) -> Floats:
-        """One or two steps of the same network."""
+        """One or two steps of the same network. Raises NumericError with the rows as the caller numbers them."""
         tokens, counts = tokens[self._order], counts[self._order]
-        scalings, index = self._scalings(tokens, counts), last_index(counts)
-        rows = Rows(tokens, counts, self._main_slots, scalings, index, self._router)
-        return last_logits(self._session, rows)[self._back]
+        try:
+            scalings, index = self._scalings(tokens, counts), last_index(counts)
+            rows = Rows(tokens, counts, self._main_slots, scalings, index, self._router)
+            return last_logits(self._session, rows)[self._back]
+        except NumericError as error:
+            bad = tuple(sorted(int(self._order[row]) for row in error.rows))
+            raise NumericError(error.tensor, bad) from error
 
     def _scalings(self, tokens: Ids, counts: Ids) -> Floats | None:
         """[B, S, G, E] of the main pass."""

@@ -336,7 +336,7 @@ def test_nan_is_never_streamed_as_text(tmp_path: Path) -> None:
     weights["embed"][good.token_ids[poisoned]] = np.nan
     with load(tiny_bundle(tmp_path / "bad", weights=weights, end=()), threads=1) as model:
         events = []
-        with pytest.raises(NumericError, match="is not finite for row 0"):
+        with pytest.raises(NumericError, match="is not finite for prompt 1 of the step"):
             events.extend(generate(model, ["hello"], GREEDY))  # keeps what came before the error
         assert [event.token_id for event in events] == list(good.token_ids[: poisoned + 1])
         healthy = [id for id in range(200, 210) if id != good.token_ids[poisoned]]

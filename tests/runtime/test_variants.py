@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime import GenerateOptions, InputError, Model, Routed, Sampling, complete, load
+from runtime import GenerateOptions, InputError, Model, NumericError, Routed, Sampling, complete, load
 from runtime.backends.ort import OrtSession
 from runtime.bundle import read_manifest
 from runtime.cli import main
@@ -253,7 +253,10 @@ def test_options_hold_for_prompts_without_a_way_of_their_own(
         (Routed("a", "poetry"), r"prompt 2: no variant 'poetry'; need one of: base, math, .*, xlora, plain"),
         (Routed("a", "Math"), "no variant 'Math'"),
         (Routed("a", mix={"poetry": 1.0}), "prompt 2: no expert 'poetry'; need one of: math, code, lyrics"),
-        (Routed("a", mix={"math": float("nan")}), "prompt 2: the weight of math is nan; need a finite number"),
+        (
+            Routed("a", mix={"math": float("nan")}),
+            "prompt 2: the weight of math is nan; need a number, at most 1000 in size",
+        ),
         (Routed("a", mix={"math": 1e39}), "the weight of math is 1e"),
         (Routed("a", mix=MixInfo(sites={"blocks.7.mlp": {}})), r"no site 'blocks\.7\.mlp'; need one of the 2 adapted"),
         (Routed("a", "math", {"code": 1.0}), "got variant math and a mix; need one"),
@@ -407,3 +410,17 @@ def test_the_shape_without_gate_has_no_xlora(tmp_path: Path) -> None:
         pytest.raises(InputError, match="no variant 'xlora'; need one of: base, math, code, plain"),
     ):
         complete(model, ["a"], GenerateOptions(variant="xlora"))
+
+
+@pytest.mark.parametrize(("variants", "bad"), [(("math", "xlora", "base"), 1), (("math", "base", "xlora"), 2)])
+def test_bad_numbers_name_the_prompt(variants: tuple[str, ...], bad: int, tmp_path: Path) -> None:
+    """Gated rows come first in a step; the error counts as the caller does."""
+    weights = {name: array.copy() for name, array in WEIGHTS.items()}
+    weights["embed"][7] = np.nan
+    prompts = [Routed([5, 6] if number != bad else [5, 7], variant) for number, variant in enumerate(variants)]
+    message = f"is not finite for prompt {bad + 1} of the step"
+    with (
+        load(tiny_bundle(tmp_path / "bad", weights=weights, end=())) as model,
+        pytest.raises(NumericError, match=message),
+    ):
+        complete(model, prompts, GREEDY)
