@@ -124,8 +124,8 @@ def noisy_scenarios(verification: Verification, graph: GraphInfo, dtype: DType) 
     """
     if dtype is DType.FLOAT32 and verification.is_large:
         return [None] * len(verification.scenarios(graph))
-    other = verification.precise() if dtype is DType.FLOAT32 else rounded(verification.reference, dtype)
-    return list(replace(verification, reference=other, made=[]).scenarios(graph))
+    other = verification.precise if dtype is DType.FLOAT32 else rounded(verification.reference, dtype)
+    return list(replace(verification, reference=other).scenarios(graph))
 
 
 def rounded(reference: Reference, dtype: DType) -> Reference:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,7 @@ EXACT = (MergeMethod.LINEAR, MergeMethod.CAT)  # the sum of the experts itself
 GOLDEN_PROMPTS, GOLDEN_LONGEST, GOLDEN_TOKENS = 3, 24, 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Verification:
     """All a build's graphs are measured with."""
 
@@ -65,7 +65,6 @@ class Verification:
     vocab_size: int
     max_positions: int
     is_large: bool  # weights stay mapped: slower steps, no second copy in memory
-    made: list[Reference] = field(default_factory=list)  # at most one: the reference with fp64 products
 
     def run(self, root: Path, graph: GraphInfo) -> tuple[VerifyReport, Sequence[GoldenCase | EncodedCase]]:
         """Check one graph that lies in `root`; raises VerifyError when a measure fails."""
@@ -172,14 +171,13 @@ class Verification:
     def _precise(
         self, run: Callable[[Reference, Sequence[int]], ReferenceResult]
     ) -> Callable[[Sequence[int]], ReferenceResult] | None:
-        """The fp64 reference, made when it is first needed; a large model has none."""
-        return None if self.is_large else lambda ids: run(self.precise(), ids)
+        """The same with fp64 products; a large model has none."""
+        return None if self.is_large else lambda ids: run(self.precise, ids)
 
+    @cached_property
     def precise(self) -> Reference:
-        """The reference with fp64 products."""
-        if not self.made:
-            self.made.append(self.reference.precise())
-        return self.made[0]
+        """The reference with fp64 products, made when it is first needed."""
+        return self.reference.precise()
 
     def _base(self, tokens: Sequence[int]) -> ReferenceResult:
         return self.reference.constant([0.0] * len(self.adapters.experts), tokens)
