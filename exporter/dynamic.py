@@ -51,11 +51,12 @@ class TracedModel(nn.Module):
 
     def forward(
         self,
+        *,
         input_ids: torch.Tensor,  # [B, S]
         position_ids: torch.Tensor,  # [B, S]
-        cache_lengths: torch.Tensor | None,  # [B]
-        scalings: torch.Tensor | None,  # [B, S, G, E]
-        router: torch.Tensor | None,  # [B]
+        cache_lengths: torch.Tensor | None = None,  # [B]
+        scalings: torch.Tensor | None = None,  # [B, S, G, E]
+        router: torch.Tensor | None = None,  # [B]
         logit_index: torch.Tensor,  # [B, K]
         past: Sequence[torch.Tensor],  # per block: keys, values [B, Hkv, C, D]
     ) -> tuple[torch.Tensor, ...]:

@@ -52,10 +52,11 @@ class TracedEncoder(nn.Module):
 
     def forward(
         self,
+        *,
         input_ids: torch.Tensor,  # [B, S]
-        token_type_ids: torch.Tensor | None,  # [B, S]
+        token_type_ids: torch.Tensor | None = None,  # [B, S]
         lengths: torch.Tensor,  # [B]
-        scalings: torch.Tensor | None,  # [B, S, G, E]
+        scalings: torch.Tensor | None = None,  # [B, S, G, E]
     ) -> tuple[torch.Tensor, ...]:
         self.state.down.clear()
         if self.columns is not None and scalings is not None:

@@ -55,7 +55,7 @@ def trace(model: TracedModel | TracedEncoder, signature: Signature, opset: int) 
 
 
 def example_inputs(signature: Signature) -> dict[str, Any]:
-    """Tensors of the example sizes for `TracedModel.forward`; absent inputs are None."""
+    """Tensors of the example sizes for `TracedModel.forward`; absent inputs are left out."""
     tensors = {spec.name: _example(spec) for spec in signature.inputs}
     if CACHE_LENGTHS in tensors:
         tensors[CACHE_LENGTHS] = torch.tensor([EXAMPLE_SIZES["C"] - EXAMPLE_SIZES["S"], 1])
@@ -66,12 +66,15 @@ def example_inputs(signature: Signature) -> dict[str, Any]:
 
 
 def _as_arguments(signature: Signature, values: dict[str, Any]) -> dict[str, Any]:
-    """Values by input name -> the arguments of `TracedModel.forward`, or of `TracedEncoder.forward`."""
+    """Values by input name -> the arguments of `TracedModel.forward`, or of `TracedEncoder.forward`.
+
+    Absent ones are left out: beside an argument of None torch's exporter loses the names of all dimensions.
+    """
     if signature.input(LENGTHS) is not None:
-        return {name: values.get(name) for name in (INPUT_IDS, TOKEN_TYPE_IDS, LENGTHS, SCALINGS)}
+        return {name: values[name] for name in (INPUT_IDS, TOKEN_TYPE_IDS, LENGTHS, SCALINGS) if name in values}
     named = (INPUT_IDS, POSITION_IDS, CACHE_LENGTHS, SCALINGS, ROUTER, LOGIT_INDEX)
     past = [values[carry.input] for carry in signature.carries]
-    return {**{name: values.get(name) for name in named}, "past": past}
+    return {**{name: values[name] for name in named if name in values}, "past": past}
 
 
 def _example(spec: TensorSpec) -> torch.Tensor:

@@ -45,6 +45,7 @@ from tests.exporter.checkpoint_makers import load_model, write_dora, write_lora
 from tests.exporter.mutations import copy_of, edit_weight, weight_names
 from tests.exporter.tiny_builds import (
     Built,
+    assert_named_dimensions,
     assert_wide_margin,
     difference,
     failed,
@@ -357,6 +358,10 @@ def test_rounded_builds_route_in_float32(tmp_path: Path, router: str, dtype: DTy
 def _parts(spec: BuildSpec) -> tuple[Any, AdapterSet, Any]:
     parts = load_parts(read_inputs(spec))
     return parts.model, parts.inputs.adapters, parts.kinds
+
+
+def test_dimensions_have_names(case: Case) -> None:
+    assert_named_dimensions(case.bundle)
 
 
 def test_portable_graphs_stay_within_old_tensorrts_table(case: Case) -> None:

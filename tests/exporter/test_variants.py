@@ -25,7 +25,14 @@ from runtime.manifest import MixInfo, VerifyLevel
 from runtime.signature import GATE
 from tests.exporter.checkpoint_makers import edit_tensors
 from tests.exporter.mutations import weight_names
-from tests.exporter.tiny_builds import Built, Checkpoint, prompt, reference_of, write_checkpoint
+from tests.exporter.tiny_builds import (
+    Built,
+    Checkpoint,
+    assert_named_dimensions,
+    prompt,
+    reference_of,
+    write_checkpoint,
+)
 from tests.same_tokens import Logits, Ties, seen_logits
 
 LOCAL = {
@@ -59,6 +66,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 @pytest.fixture(scope="module")
 def reference(built: Built) -> Reference:
     return reference_of(built.checkpoint.parts())
+
+
+def test_graphs_of_every_mode_name_their_dimensions(built: Built) -> None:
+    assert_named_dimensions(built.bundle)
 
 
 def scalings_by_path(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
@@ -234,3 +235,13 @@ def difference(a: Any, b: Any) -> float:
 def shown(checks: Sequence[Any]) -> str:
     """Checks as one readable line, for assertion messages."""
     return "; ".join(f"{check.name} {check.value:.3g}/{check.limit:g} {check.where}" for check in checks)
+
+
+def assert_named_dimensions(bundle: Bundle) -> None:
+    """Every graph's inputs have the signature's own symbols: engines find C by its name."""
+    for info in bundle.manifest.graphs:
+        found = {value.name: value.shape for value in ir.load(bundle.file(info.path)).graph.inputs}
+        for spec in info.signature.inputs:
+            shape = found[spec.name]
+            assert shape is not None
+            assert tuple(size if isinstance(size, int) else size.value for size in shape) == spec.shape, spec.name
