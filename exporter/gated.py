@@ -256,8 +256,8 @@ def rows_of(factors: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def tokens_of(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The other way round: what such a module sees, [B * S, .], as [B, S, .]."""
-    return x if x.dim() == like.dim() else x.unflatten(0, like.shape[:2])
+    """The other way round: what such a module sees, [B * S, .], as [B, S, .]; token ids [B, S] as they are."""
+    return x if x.dim() == like.dim() or not x.is_floating_point() else x.unflatten(0, like.shape[:2])
 
 
 def pick(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
