@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from runtime.rows import Rows
 from runtime.session import Session
+from runtime.stacks import Stack
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -41,7 +42,7 @@ class ExactPasses:
     pass, 2G..G+B-1 of the other rows, so that either pass continues slots in a row.
     """
 
-    def __init__(self, session: Session, routings: Sequence[Routing]) -> None:
+    def __init__(self, session: Session, routings: Sequence[Routing], adapters: Stack | None = None) -> None:
         batch, gated = len(routings), sum(routing.is_gated for routing in routings)
         self._session = session
         self._order = np.argsort([not routing.is_gated for routing in routings], kind="stable")  # gated rows first
@@ -50,7 +51,7 @@ class ExactPasses:
         ordered = [routings[place] for place in self._order]
         self._rows = None if ordered[0].row is None else np.stack([_row(routing) for routing in ordered])[:, None]
         self._per_length = any(routing.per_length for routing in ordered)
-        session.allocate(gated + batch)
+        session.allocate(gated + batch, adapters)
 
     def forward(self, tokens: Ids, counts: Ids) -> Floats:
         """One or two steps of the same network."""

@@ -12,6 +12,7 @@ from runtime.passes import constant
 from runtime.rows import Rows
 from runtime.session import Session
 from runtime.signature import CacheStyle
+from runtime.stacks import Stack
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -37,14 +38,15 @@ def replay(
     *,
     is_gated: bool,
     per_length: bool = False,
+    adapters: Stack | None = None,
 ) -> list[Replay]:
     """Prefill all prompts as one ragged batch, then decode greedily through the caches.
 
     `row` [G, E] holds the constant scalings (of the scaling pass when `is_gated`), divided by the sequence length when
-    `per_length`; None for a static graph.
+    `per_length`; None for a static graph. `adapters` feed a graph whose adapters are inputs.
     """
     batch = len(prompts)
-    session.allocate(2 * batch if is_gated else batch)
+    session.allocate(2 * batch if is_gated else batch, adapters)
     tokens = [list(prompt) for prompt in prompts]
     fed = [0] * batch
     logits: list[list[Floats]] = [[] for _ in prompts]
@@ -95,16 +97,23 @@ class Answer:
     gate: Floats | None  # [T, G, E] at every token
 
 
-def replay_given(session: Session, texts: Sequence[GivenText], row: Floats | None, *, is_gated: bool) -> list[Answer]:
+def replay_given(
+    session: Session,
+    texts: Sequence[GivenText],
+    row: Floats | None,
+    *,
+    is_gated: bool,
+    adapters: Stack | None = None,
+) -> list[Answer]:
     """Prefill the prompts as one ragged batch, then feed the continuations, equally long, token by token.
 
     No step asks for more than one position's logits, since engines are built for no more: the prefill of the
     main pass is run once for each probe.
     """
     if session.signature.cache_style is CacheStyle.NONE:
-        return [_answer_whole(session, text, row, is_gated=is_gated) for text in texts]
+        return [_answer_whole(session, text, row, is_gated=is_gated, adapters=adapters) for text in texts]
     batch = len(texts)
-    session.allocate(2 * batch if is_gated else batch)
+    session.allocate(2 * batch if is_gated else batch, adapters)
     probes = np.stack([text.positions[:PROBES] for text in texts])  # [B, PROBES]
     prompts = [list(text.tokens[: text.prompt]) for text in texts]
     first, gate = _step(session, prompts, row, is_gated, [probes[:, k : k + 1] for k in range(PROBES)])
@@ -125,9 +134,11 @@ def _gate_of(gates: Sequence[Floats | None], row: int, prompt: int) -> Floats | 
     return np.concatenate(kept) if kept else None
 
 
-def _answer_whole(session: Session, text: GivenText, row: Floats | None, *, is_gated: bool) -> Answer:
+def _answer_whole(
+    session: Session, text: GivenText, row: Floats | None, *, is_gated: bool, adapters: Stack | None
+) -> Answer:
     """A graph without caches: each position is the last of a sequence that is computed whole."""
-    session.allocate(2 if is_gated else 1)
+    session.allocate(2 if is_gated else 1, adapters)
     steps = [
         _step(session, [list(text.tokens[: end + 1])], row, is_gated, [np.array([[end]])])
         for end in (*text.positions.tolist(), len(text.tokens) - 1)

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from exporter.adapters import AdapterSet, LoraDelta
 from exporter.errors import ExportError
+from runtime.adapter_folder.half_range import MAX_HALF, largest_value
+from runtime.adapter_folder.half_range import largest_update as numpy_largest_update
 from runtime.errors import InputError, raise_all
-
-MAX_HALF = 65_504.0
-_CHUNK_ROWS = 1024
 
 
 def largest_update(delta: LoraDelta, above: float = 0.0) -> float:
-    """max |scale * B A| over all elements; an upper bound (Cauchy-Schwarz) when that is not above `above`."""
-    rows, columns = delta.b.double().norm(dim=1), delta.a.double().norm(dim=0)
-    bound = abs(delta.scale) * float(rows.max() * columns.max())
-    if bound <= above:
-        return bound
-    # Exact, in chunks of the rows that could reach it, so that no [out, in] matrix is made.
-    parts = [(chunk.double() @ delta.a.double()).abs().max() for chunk in delta.b.split(_CHUNK_ROWS)]
-    return abs(delta.scale) * float(max(parts))
+    """max |scale * B A| over all elements; an upper bound when that is not above `above`."""
+    return numpy_largest_update(delta.a.float().numpy(), delta.b.float().numpy(), delta.scale, above)
 
 
 def check_half_range(adapters: AdapterSet) -> None:
@@ -29,10 +20,8 @@ def check_half_range(adapters: AdapterSet) -> None:
     everywhere = adapters.gate.global_scaling_weight if adapters.gate else 1.0
     for expert in adapters.experts:
         for path, plain in expert.deltas.items():
-            delta = replace(plain, scale=plain.scale * everywhere)
-            scale = abs(delta.scale)  # multiplies the scalings, in float16 too
-            factor = max(float(delta.a.abs().max()), float(delta.b.abs().max()) * max(1.0, scale), scale)
-            largest = max(factor, largest_update(delta, above=MAX_HALF))
+            a, b, scale = plain.a.float().numpy(), plain.b.float().numpy(), plain.scale * everywhere
+            largest = largest_value(a, b, scale, MAX_HALF)
             if largest > MAX_HALF:
                 problems.append(
                     ExportError(
