@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from exporter.attention import ATTENTION_NAME, CacheState, require_window
 from exporter.gate import Gate
 from exporter.gated import Columns, StepState, gated_modules, pick
+from exporter.hot_sites import HotColumns, hot_modules
 from exporter.sites import Site, SiteKind
 from runtime.signature import CacheStyle
 
@@ -35,7 +36,13 @@ class TracedModel(nn.Module):
     """One decoder step of the design's signature, built on the Hugging Face model as it is."""
 
     def __init__(
-        self, model: PreTrainedModel, state: StepState, gate: Gate | None, columns: Columns | None, cache: CacheStyle
+        self,
+        model: PreTrainedModel,
+        state: StepState,
+        gate: Gate | None,
+        columns: Columns | HotColumns | None,
+        cache: CacheStyle,
+        hot: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.model = model
@@ -43,6 +50,7 @@ class TracedModel(nn.Module):
         self.columns = columns
         self.state = state
         self.cache = cache
+        self.hot = hot  # names of the adapter inputs
 
     def forward(
         self,
@@ -52,9 +60,11 @@ class TracedModel(nn.Module):
         scalings: torch.Tensor | None,  # [B, S, G, E]
         logit_index: torch.Tensor,  # [B, K]
         past: Sequence[torch.Tensor],  # per block: keys, values [B, Hkv, C, D]
+        adapters: Sequence[torch.Tensor] = (),  # runtime.stacks, in the order of `hot`
     ) -> tuple[torch.Tensor, ...]:
         self.state.logit_index = logit_index
         self.state.down.clear()
+        self.state.adapters = dict(zip(self.hot, adapters, strict=True))
         if self.columns is not None and scalings is not None:
             self.state.columns = self.columns(scalings)
         cache = CacheState(past, cache_lengths, input_ids.shape[1], self.cache)
@@ -82,23 +92,30 @@ def traced_model(
     *,
     shared: bool = False,
     with_plugin: bool = False,
+    hot: Sequence[str] = (),
 ) -> Iterator[TracedModel]:
     """The model with its sites gated, its head picking and its attention reading session-owned caches.
 
     `shared`: all sites read the same scalings (G = 1). `with_plugin`: each update is one node of ours.
+    `hot`: names of the adapter inputs, for a graph that has its adapters there.
     """
     state = StepState()
     groups = [[site] for site in sites] if with_plugin else grouped_by_input(model, sites)
-    columns = Columns(groups, sites[0].weights.shape[0], shared=shared) if sites else None
     bases = {site.path: model.get_submodule(site.path) for site in sites}
-    modules: dict[str, nn.Module] = {**gated_modules(bases, groups, state, with_plugin=with_plugin)}
+    columns: Columns | HotColumns | None = None
+    modules: dict[str, nn.Module] = {}
+    if hot:
+        columns, modules = HotColumns(groups, state, shared=shared), {**hot_modules(bases, groups, state)}
+    elif sites:
+        columns = Columns(groups, sites[0].weights.shape[0], shared=shared)
+        modules = {**gated_modules(bases, groups, state, with_plugin=with_plugin)}
     head = head_path(model)
     modules[head] = PickingHead(modules.get(head, model.get_submodule(head)), state)
     attention = model.config._attn_implementation
     model.config._attn_implementation = ATTENTION_NAME
     try:
         with replaced(model, modules):
-            yield TracedModel(model, state, gate, columns, cache).eval()
+            yield TracedModel(model, state, gate, columns, cache, hot).eval()
     finally:
         model.config._attn_implementation = attention
 

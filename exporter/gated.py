@@ -21,6 +21,7 @@ class StepState:
     columns: Sequence[torch.Tensor] = ()  # per group [B, S, R]: the factor of every rank column; then DoRA's scalings
     logit_index: torch.Tensor | None = None  # [B, K]
     hidden: torch.Tensor | None = None  # [B, S, H] after the final norm
+    adapters: Mapping[str, torch.Tensor] = field(default_factory=dict)  # by name, where they are inputs (hot_sites)
     down: dict[int, tuple[torch.Tensor, Sequence[torch.Tensor]]] = field(default_factory=dict)  # per group: x, parts
 
 

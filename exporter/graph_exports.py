@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from exporter.gate import Gate
 from exporter.graphs import OPSETS, Exported, GraphPlan, export_graph
+from exporter.hot_build import initial_stack, stack_weights
 from exporter.merges.merge import SiteMerge, settled
 from exporter.model_facts import signature_shape
 from exporter.parts import Parts
@@ -29,6 +31,7 @@ from exporter.variants import has_row_per_site, static_variants
 from plugins.operators import GATE_SCALINGS, GATED_LOW_RANK
 from runtime.manifest import Emit, GraphInfo, MergeInfo, MixInfo, Mode
 from runtime.signature import CacheStyle, signature_from_shape
+from runtime.stacks import STACK_PATH, stack_specs
 
 
 def export_graphs(
@@ -52,12 +55,17 @@ def export_dynamic(parts: Parts, spec: BuildSpec, dtype: DType, store: WeightSto
     shape = signature_shape(
         parts.model,
         scalings,
-        len(parts.inputs.adapters.experts),
+        len(parts.inputs.adapters.experts) if parts.hot is None else parts.hot.max_experts,
         gate=gate is not None,
         dtype=dtype,
         cache=cache_style(spec),
     )
-    plan = GraphPlan("dynamic", signature_from_shape(shape), spec.emit, parts.sites, gate, spec.site_op)
+    signature = signature_from_shape(shape)
+    if parts.hot is not None:
+        signature = replace(signature, inputs=(*signature.inputs, *stack_specs(parts.hot.sites, dtype.value)))
+        stack = initial_stack(parts.hot, parts.inputs.adapters, dtype.value)
+        store.write(Path(STACK_PATH).stem, stack_weights(stack, dtype.value))
+    plan = GraphPlan("dynamic", signature, spec.emit, parts.sites, gate, spec.site_op)
     return Exported(
         graph_info(plan, Mode.DYNAMIC, None, plugins_of(spec, gate)), export_graph(parts.model, plan, store), store
     )

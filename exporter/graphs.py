@@ -23,6 +23,7 @@ from exporter.trace import trace
 from runtime.errors import UserError
 from runtime.manifest import Emit, GraphInfo
 from runtime.signature import SCALINGS, Signature
+from runtime.stacks import adapter_inputs
 
 OPSETS = {Emit.PORTABLE: 18, Emit.MODERN: 24}
 
@@ -66,6 +67,7 @@ def export_graph(model: PreTrainedModel, plan: GraphPlan, store: WeightStore) ->
             plan.signature.cache_style,
             shared=is_shared(plan),
             with_plugin=plan.site_op is OpChoice.PLUGIN,
+            hot=[spec.name for spec in adapter_inputs(plan.signature)],
         ) as traced:
             weights = named_weights(base_names, traced)
             graph = trace(traced, plan.signature, OPSETS[plan.emit])

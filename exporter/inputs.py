@@ -17,6 +17,7 @@ from exporter.checkpoints import (
     require_free,
 )
 from exporter.errors import ExportError
+from exporter.hot_build import check_hot_spec, hot_paths
 from exporter.merges.merge import settled
 from exporter.model_facts import refuse_untraceable, untying_notes
 from exporter.spec import BuildSpec, CacheChoice, DType
@@ -34,15 +35,19 @@ class Inputs:
     adapters: AdapterSet
     base: BaseDescription
     notes: tuple[str, ...]
+    allowed: tuple[str, ...] | None = None  # modules that adapters as inputs may change, in order
 
 
 def read_inputs(spec: BuildSpec) -> Inputs:
     """Read adapters and the base's description, and refuse whatever cannot be exported."""
     check_spec(spec)
-    adapters = read_adapters(spec.adapters, spec.gate, topk_softmax=spec.topk_softmax, cache=spec.cache)
+    adapters = AdapterSet((), None)
+    if spec.adapters or spec.gate is not None or spec.hot is None:
+        adapters = read_adapters(spec.adapters, spec.gate, topk_softmax=spec.topk_softmax, cache=spec.cache)
     base = describe_base(base_reference(spec.base, adapters))
     refuse_untraceable(base, spec.emit)
     notes = check_against_base(adapters, base)
+    allowed = None if spec.hot is None else hot_paths(spec.hot, adapters, base)
     if spec.dtype is DType.FLOAT16:
         check_half_range(adapters)
     if Mode.DYNAMIC in spec.modes:
@@ -50,10 +55,12 @@ def read_inputs(spec: BuildSpec) -> Inputs:
     check_variants(spec, adapters)
     touched = {path for expert in adapters.experts for path in expert.deltas}
     mixed = check_mix(spec, adapters, touched)
+    touched |= set(allowed or ())
     touched |= {
         name.rpartition(".")[0] for e in adapters.experts for name, new in e.replacements.items() if not new.rows
     }
-    return Inputs(adapters, base, (*adapters.notes, *base.notes, *notes, *untying_notes(base, touched), *mixed))
+    notes = [*adapters.notes, *base.notes, *notes, *untying_notes(base, touched), *mixed]
+    return Inputs(adapters, base, tuple(notes), allowed)
 
 
 def check_mix(spec: BuildSpec, adapters: AdapterSet, touched: Collection[str]) -> tuple[str, ...]:
@@ -87,7 +94,8 @@ def require_mergeable(mix: MixInfo, spec: BuildSpec, experts: Sequence[Expert]) 
 
 def check_spec(spec: BuildSpec) -> None:
     """Refuse settings that contradict each other."""
-    if not spec.adapters and spec.gate is None:
+    check_hot_spec(spec)
+    if not spec.adapters and spec.gate is None and spec.hot is None:
         raise ExportError("no adapters given", where="--adapters", need="an X-LoRA folder, or NAME=DIR of LoRA folders")
     if spec.threads is not None and spec.threads < 1:
         raise ExportError("threads", where="--threads", got=str(spec.threads), need="at least 1")

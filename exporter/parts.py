@@ -11,13 +11,14 @@ import torch
 from exporter.checkpoints import load_base
 from exporter.gate import Gate, PluginGate
 from exporter.graphs import parameter_count
+from exporter.hot_build import hot_info, probe_adapters, with_allowed_sites
 from exporter.inputs import Inputs
 from exporter.model_facts import base_info, module_kinds
 from exporter.reference import Reference
 from exporter.sites import Site, SiteKind, stack
-from exporter.spec import BuildSpec, OpChoice
-from exporter.verification import Verification
-from runtime.manifest import VerifyLevel
+from exporter.spec import BuildSpec, HotSpec, OpChoice
+from exporter.verification import Probe, Verification
+from runtime.manifest import HotInfo, VerifyLevel
 from runtime.text import Text
 
 FULL_UP_TO = 300_000_000  # parameters; above, `quick` is the default and weights stay mapped in verification
@@ -33,28 +34,34 @@ class Parts:
     kinds: Sequence[tuple[str, SiteKind]]
     sites: tuple[Site, ...]
     gate: Gate | None
+    hot: HotInfo | None = None  # where adapters are inputs: their layout
 
 
-def load_parts(inputs: Inputs, gate_op: OpChoice = OpChoice.OPS) -> Parts:
+def load_parts(inputs: Inputs, gate_op: OpChoice = OpChoice.OPS, hot: HotSpec | None = None) -> Parts:
     """The base in fp32, the sites and the gate."""
     model = load_base(inputs.base, torch.float32)
     kinds = module_kinds(inputs.base, model)
     gate = inputs.adapters.gate
-    return Parts(
-        inputs,
-        model,
-        kinds,
-        stack(inputs.adapters, kinds, model),
-        None if gate is None else GATES[gate_op](gate, len(inputs.adapters.experts)),
-    )
+    sites, experts, layout = stack(inputs.adapters, kinds, model), len(inputs.adapters.experts), None
+    if hot is not None:
+        assert inputs.allowed is not None
+        sites = with_allowed_sites(sites, inputs.allowed, kinds, inputs.base, experts)
+        layout = hot_info(hot, model, sites, experts)
+    return Parts(inputs, model, kinds, sites, None if gate is None else GATES[gate_op](gate, experts), layout)
 
 
 def make_verification(parts: Parts, spec: BuildSpec, tokenizer: Text | None) -> Verification:
     """The measures for this model, at the level asked for or the default for its size."""
     size = parameter_count(parts.model)
     info = base_info(parts.inputs.base, parts.model, spec.dtype)
+    reference = Reference(parts.model, parts.inputs.adapters, parts.kinds)
+    probe = None
+    if parts.hot is not None:
+        reference.sites = [(site.path, site.kind) for site in parts.sites]
+        strangers = probe_adapters(parts.hot, [expert.name for expert in parts.inputs.adapters.experts])
+        probe = Probe(strangers, Reference(parts.model, strangers, parts.kinds))
     return Verification(
-        reference=Reference(parts.model, parts.inputs.adapters, parts.kinds),
+        reference=reference,
         adapters=parts.inputs.adapters,
         level=spec.verify or (VerifyLevel.FULL if size <= FULL_UP_TO else VerifyLevel.QUICK),
         spec=spec,
@@ -62,4 +69,6 @@ def make_verification(parts: Parts, spec: BuildSpec, tokenizer: Text | None) -> 
         vocab_size=info.vocab_size,
         max_positions=info.max_positions,
         is_large=size > FULL_UP_TO,
+        hot=parts.hot,
+        probe=probe,
     )

@@ -21,9 +21,10 @@ from runtime.signature import (
     Signature,
     TensorSpec,
 )
+from runtime.stacks import RANK, adapter_inputs
 
 # Sizes for tracing: none is 0 or 1 (torch.export specialises those away) and no two are equal.
-EXAMPLE_SIZES = {"B": 2, "S": 3, "C": 7, "K": 5}
+EXAMPLE_SIZES = {"B": 2, "S": 3, "C": 7, "K": 5, RANK: 11}
 
 
 def trace(model: TracedModel, signature: Signature, opset: int) -> ir.Model:
@@ -62,7 +63,8 @@ def _as_arguments(signature: Signature, values: dict[str, Any]) -> dict[str, Any
     """Values by input name -> the arguments of `TracedModel.forward`."""
     named = (INPUT_IDS, POSITION_IDS, CACHE_LENGTHS, SCALINGS, LOGIT_INDEX)
     past = [values[carry.input] for carry in signature.carries]
-    return {**{name: values.get(name) for name in named}, "past": past}
+    adapters = [values[spec.name] for spec in adapter_inputs(signature)]
+    return {**{name: values.get(name) for name in named}, "past": past, "adapters": adapters}
 
 
 def _example(spec: TensorSpec) -> torch.Tensor:

@@ -15,6 +15,7 @@ from runtime.manifest import Check, VerifyLevel, VerifyReport
 from runtime.measures import Worst
 from runtime.replay import Replay, replay
 from runtime.session import Session
+from runtime.stacks import Stack
 
 Floats = NDArray[np.float32]
 
@@ -54,6 +55,7 @@ class Scenario:
     reference: Callable[[Sequence[int]], ReferenceResult]
     base: Callable[[Sequence[int]], ReferenceResult]
     precise: Callable[[Sequence[int]], ReferenceResult] | None = None  # with fp64 products; None: too large a model
+    adapters: Stack | None = None  # of a graph whose adapters are inputs
 
 
 @dataclass(slots=True)
@@ -91,6 +93,7 @@ def verify_graph(
                 scenario.row,
                 is_gated=scenario.is_gated,
                 per_length=scenario.per_length,
+                adapters=scenario.adapters,
             )
             for run in runs:
                 compare(run, scenario, measures)
