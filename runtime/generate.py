@@ -63,22 +63,30 @@ class GenerateOptions:
 
 
 def generate(
-    model: Model, prompts: Sequence[Prompt | Routed], options: GenerateOptions | None = None
+    model: Model,
+    prompts: Sequence[Prompt | Routed],
+    options: GenerateOptions | None = None,
+    generation: Generation | None = None,
 ) -> Iterator[TokenEvent]:
     """Check everything at once, then yield the tokens of all prompts as they come. Prompts are texts or token ids.
+
+    Where adapters are inputs, all prompts use those of `generation` to their end, by default the newest at this call.
 
     Rows of a batch advance together. Batches hold prompts of one graph and come in the order of their first ones: with
     a batch size of 1, prompt after prompt.
     """
-    _, events = _prepare(model, prompts, options or GenerateOptions())
+    _, events = _prepare(model, prompts, options or GenerateOptions(), generation)
     return events
 
 
 def complete(
-    model: Model, prompts: Sequence[Prompt | Routed], options: GenerateOptions | None = None
+    model: Model,
+    prompts: Sequence[Prompt | Routed],
+    options: GenerateOptions | None = None,
+    generation: Generation | None = None,
 ) -> list[Completion]:
     """Generate to the end: one completion a prompt, in the order of the prompts."""
-    requests, events = _prepare(model, prompts, options or GenerateOptions())
+    requests, events = _prepare(model, prompts, options or GenerateOptions(), generation)
     for _ in events:
         pass
     return [request.completion() for request in requests]
@@ -94,11 +102,12 @@ class _Way:
 
 
 def _prepare(
-    model: Model, prompts: Sequence[Prompt | Routed], options: GenerateOptions
+    model: Model, prompts: Sequence[Prompt | Routed], options: GenerateOptions, generation: Generation | None
 ) -> tuple[list[Request], Iterator[TokenEvent]]:
     if isinstance(prompts, str):
         raise InputError("prompts", got="one string", need="a list of prompts")
-    generation = model.adapters.current if model.adapters else None  # what all these prompts will see to their end
+    if generation is None and model.adapters is not None:
+        generation = model.adapters.current  # what all these prompts will see to their end
     ways = _ways(model, prompts, options, generation)
     requests = _requests(model, prompts, ways, options)
     batches = _batches(ways, options.batch_size)
