@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from tests.exporter.hot_makers import HotWorld, make_world
 from tests.exporter.tiny_builds import Built, build_family
 
 
@@ -27,3 +28,9 @@ def family_build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bu
         return made[family]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> HotWorld:
+    """A bundle whose adapters are inputs, with folders to load. Nobody may change its files."""
+    return make_world(tmp_path_factory.mktemp("hot"))
