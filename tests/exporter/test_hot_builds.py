@@ -24,18 +24,27 @@ from exporter.engines.spec import EngineSpec, profiles_of
 from exporter.errors import VerifyError
 from exporter.gated import StepState
 from exporter.hot_build import initial_stack
+from exporter.inputs import read_inputs
+from exporter.parts import load_parts
+from exporter.record import record_parts
 from exporter.sites import Site, SiteKind
 from exporter.spec import BuildSpec, DType, HotSpec, OpChoice
+from exporter.verify import Extent
 from exporter.verify_bundle import verify_bundle
+from exporter.verify_sources import spec_from_manifest
+from exporter.watch import StageClock
 from runtime.adapter_folder.lora_tensors import LoraTensors
 from runtime.adapter_folder.safetensors_file import open_tensors
 from runtime.backends.trt import TrtSession
 from runtime.bundle import Bundle, open_bundle, read_manifest
+from runtime.cli import main as run_main
+from runtime.compare import compare
 from runtime.engines import Target
 from runtime.errors import InputError
 from runtime.generate import GenerateOptions, complete
 from runtime.manifest import HotInfo, HotSite, Mode, VerifyLevel
 from runtime.model import load as load_bundle
+from runtime.recording import save_recording
 from runtime.replay import replay
 from runtime.rows import Rows
 from runtime.session import SessionSettings
@@ -412,3 +421,23 @@ def test_rows_of_scalings_by_site_find_their_site_in_its_group() -> None:
     for got, site, row in ((pair[:, :, 0], 0, 0), (pair[:, :, 1], 2, 1), (single[:, :, 0], 1, 2)):
         want = scalings[:, :, site, [1, 0, 1, 1]] * state.adapters["lora_scale"][row]
         assert torch.equal(got, want)
+
+
+def test_a_recording_is_compared_with_the_adapters_a_bundle_starts_with(
+    world: HotWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And one that was made of other adapters is told apart."""
+    graph = world.bundle.manifest.graphs[0]
+    spec = spec_from_manifest(world.bundle.manifest, sources(world))
+    parts = load_parts(read_inputs(spec), hot=spec.hot)
+    recording = record_parts(parts, spec, world.bundle, graph, StageClock(), Extent(2, 8, 4))
+    assert [case.name for case in recording.header.cases] == ["uneven mix", "base", "expert math", "expert code"]
+    assert {len(case.row[0]) for case in recording.header.cases if case.row} == {4}, "E is what may be loaded"
+    save_recording(recording, tmp_path / "file.npz")
+    words = ["compare", str(world.bundle.root), str(tmp_path / "file.npz"), "--threads", "1"]
+    assert run_main(words) == 0, capsys.readouterr()
+    with load_bundle(world.bundle.root, threads=1) as model:
+        assert model.adapters is not None
+        assert compare(model.session, recording, adapters=model.adapters.current.stack).passed
+        model.replace_adapter("math", world.folders["small"])
+        assert not compare(model.session, recording, adapters=model.adapters.current.stack).passed
