@@ -60,7 +60,7 @@ class TracedModel(nn.Module):
         scalings: torch.Tensor | None,  # [B, S, G, E]
         logit_index: torch.Tensor,  # [B, K]
         past: Sequence[torch.Tensor],  # per block: keys, values [B, Hkv, C, D]
-        adapters: Sequence[torch.Tensor] = (),  # runtime.stacks, in the order of `hot`
+        adapters: Sequence[torch.Tensor] = (),  # runtime.adapter_inputs, in the order of `hot`
     ) -> tuple[torch.Tensor, ...]:
         self.state.logit_index = logit_index
         self.state.down.clear()

@@ -29,9 +29,9 @@ from exporter.static import (
 from exporter.store import WeightStore
 from exporter.variants import has_row_per_site, static_variants
 from plugins.operators import GATE_SCALINGS, GATED_LOW_RANK
+from runtime.adapter_inputs import STACK_PATH, stack_specs
 from runtime.manifest import Emit, GraphInfo, MergeInfo, MixInfo, Mode
 from runtime.signature import CacheStyle, signature_from_shape
-from runtime.stacks import STACK_PATH, stack_specs
 
 
 def export_graphs(

@@ -20,10 +20,10 @@ from exporter.sites import Site
 from exporter.spec import OpChoice
 from exporter.store import TRANSPOSED, Weight, WeightStore, transposed, weight_from_tensor
 from exporter.trace import trace
+from runtime.adapter_inputs import adapter_inputs
 from runtime.errors import UserError
 from runtime.manifest import Emit, GraphInfo
 from runtime.signature import SCALINGS, Signature
-from runtime.stacks import adapter_inputs
 
 OPSETS = {Emit.PORTABLE: 18, Emit.MODERN: 24}
 

@@ -20,9 +20,10 @@ from exporter.store import Weight, weight_from_tensor
 from runtime.adapter_folder.lora_tensors import LoraTensors
 from runtime.adapter_folder.patterns import is_named
 from runtime.adapter_folder.problems import listed
+from runtime.adapter_inputs import STACK_PATH
 from runtime.errors import InputError, raise_all
 from runtime.manifest import AdapterKind, HotInfo, HotSite, Mode
-from runtime.stacks import STACK_PATH, Stack, StackBuilder
+from runtime.stacks import Stack, StackBuilder
 
 ALL_LINEAR = "all-linear"
 PROBE_RANK = 4

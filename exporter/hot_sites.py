@@ -1,6 +1,6 @@
 """Hot modules: gated modules whose stacked adapters are inputs of the graph, so that a running session can change them.
 
-Every site has all R rank columns (`runtime.stacks` has the layout); R is dynamic.
+Every site has all R rank columns (`runtime.adapter_inputs` has the layout); R is dynamic.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from exporter.gated import StepState, joined_path, pick
 from exporter.sites import Site, SiteKind
-from runtime.stacks import LORA_INDEX, LORA_SCALE, a_name, b_name
+from runtime.adapter_inputs import LORA_INDEX, LORA_SCALE, a_name, b_name
 
 
 class HotColumns(nn.Module):

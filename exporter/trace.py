@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 
 from exporter.dynamic import TracedModel
+from runtime.adapter_inputs import RANK, adapter_inputs
 from runtime.signature import (
     CACHE_LENGTHS,
     INPUT_IDS,
@@ -21,7 +22,6 @@ from runtime.signature import (
     Signature,
     TensorSpec,
 )
-from runtime.stacks import RANK, adapter_inputs
 
 # Sizes for tracing: none is 0 or 1 (torch.export specialises those away) and no two are equal.
 EXAMPLE_SIZES = {"B": 2, "S": 3, "C": 7, "K": 5, RANK: 11}

@@ -28,6 +28,7 @@ from exporter.verify import (
     require_passed,
     verify_graph,
 )
+from runtime.adapter_inputs import adapter_inputs
 from runtime.backends import open_session
 from runtime.golden import GoldenCase, GoldenLimits, case_from_replay
 from runtime.manifest import (
@@ -45,7 +46,7 @@ from runtime.mix_file import scalings_from_file
 from runtime.replay import replay
 from runtime.session import Session, SessionSettings
 from runtime.signature import SCALINGS
-from runtime.stacks import adapter_inputs, read_stack
+from runtime.stacks import read_stack
 from runtime.text import Text
 
 EXACT = (MergeMethod.LINEAR, MergeMethod.CAT)  # the sum of the experts itself

@@ -15,20 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from runtime.adapter_folder.hot import HotAdapter, read_hot
+from runtime.adapter_inputs import LORA_INDEX, adapter_inputs
 from runtime.bundle import Bundle
 from runtime.errors import InputError
 from runtime.manifest import AdapterKind, GraphInfo, HotInfo, Manifest, is_expert_name
 from runtime.mix import BASE
-from runtime.stacks import (
-    LORA_INDEX,
-    Stack,
-    StackBuilder,
-    StackRange,
-    adapter_inputs,
-    read_stack,
-    stack_bytes,
-    width_of,
-)
+from runtime.stacks import Stack, StackBuilder, StackRange, read_stack, stack_bytes, width_of
 
 
 @dataclass(frozen=True, slots=True)

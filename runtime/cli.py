@@ -111,11 +111,11 @@ def inspect(args: argparse.Namespace) -> int:
 
 def compare(args: argparse.Namespace) -> int:
     """Print every measure; 2 unless all pass."""
+    from runtime.adapter_inputs import adapter_inputs
     from runtime.compare import compare as compare_session
     from runtime.compare import render
     from runtime.model import load
     from runtime.recording import load_recording, require_same_model
-    from runtime.stacks import adapter_inputs
 
     recording = load_recording(args.recording)
     graph = args.graph or recording.header.mode

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from runtime.adapter_inputs import adapter_inputs, stack_specs
 from runtime.manifest import (
     BUILD_LOG_NAME,
     MANIFEST_NAME,
@@ -18,7 +19,6 @@ from runtime.manifest import (
 )
 from runtime.safe_files import MAX_FILES, collisions, path_problem
 from runtime.signature import GATE, SCALINGS
-from runtime.stacks import adapter_inputs, stack_specs
 
 _GIB = 1 << 30
 MAX_BYTES = {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from runtime.adapter_inputs import adapter_inputs
 from runtime.errors import InputError
 from runtime.manifest import AdapterKind, GraphInfo, Manifest, MixInfo
 from runtime.mix import require_unmixed
@@ -15,7 +16,7 @@ from runtime.model import variant_named
 from runtime.passes import CHUNK, ExactPasses, Floats, InChunks, Passes, Routing, WholeSequence
 from runtime.session import Session
 from runtime.signature import GATE, SCALINGS, CacheStyle
-from runtime.stacks import Stack, adapter_inputs
+from runtime.stacks import Stack
 
 Columns = Mapping[str, int]  # expert -> its entry in the scalings
 Mix = Mapping[str, float] | MixInfo  # by expert name, {} for the base model; MixInfo also by site

@@ -1,13 +1,7 @@
-"""Stacks: the values of a hot graph's adapter inputs, with a range of rank columns for each adapter.
+"""Stacks: the values of a graph's adapter inputs, with a range of rank columns for each adapter.
 
-R rank columns stand side by side in every site; an adapter of a lower rank there, or none, has zeros in its range:
-
-    lora_index [R] int64            which entry of the scalings' E a column is multiplied by
-    lora_scale [sites, R] float32   and the adapter's scale there, rows in the order of the manifest's `hot.sites`
-    lora_a.GROUP [in, k, R]         the stacked a of the k sites that read one tensor, as products read it
-    lora_b.PATH [R, out]            the stacked b of one site
-
-So nothing is turned or copied in a step. R is 1 at least: an empty stack is one column of zeros.
+They lie as the graph's products read them, so nothing is turned or copied in a step. R is 1 at least: an empty stack is
+one column of zeros.
 """
 
 from __future__ import annotations
@@ -22,14 +16,12 @@ from numpy.typing import NDArray
 
 from runtime.adapter_folder.lora_tensors import LoraTensors
 from runtime.adapter_folder.safetensors_file import SafetensorsFile, open_tensors
+from runtime.adapter_inputs import LORA_INDEX, LORA_SCALE, RANK, a_name, adapter_inputs, b_name, stack_specs
 from runtime.errors import InputError
 from runtime.manifest import HotInfo, HotSite
 from runtime.signature import Signature, TensorSpec
 from runtime.tensors import DTYPES, Array, shape_of
 
-LORA_INDEX, LORA_SCALE = "lora_index", "lora_scale"
-RANK = "R"  # the symbol in shapes
-STACK_PATH = "weights/adapter-inputs.safetensors"
 _STORED = {"float32": ("F32", "<f4"), "float16": ("F16", "<f2"), "bfloat16": ("BF16", "<u2"), "int64": ("I64", "<i8")}
 
 
@@ -58,32 +50,6 @@ class StackRange:
     def columns(self) -> slice:
         """Along R."""
         return slice(self.start, self.start + self.width)
-
-
-def a_name(group: str) -> str:
-    """The input that holds the a of a group's sites."""
-    return f"lora_a.{group}"
-
-
-def b_name(path: str) -> str:
-    """The input that holds the b of a site."""
-    return f"lora_b.{path}"
-
-
-def stack_specs(sites: tuple[HotSite, ...], dtype: str) -> tuple[TensorSpec, ...]:
-    """The adapter inputs of a graph, in order."""
-    specs = [TensorSpec(LORA_INDEX, "int64", (RANK,)), TensorSpec(LORA_SCALE, "float32", (len(sites), RANK))]
-    for site in sites:
-        if site.place == 0:
-            members = sum(other.group == site.group for other in sites)
-            specs.append(TensorSpec(a_name(site.group), dtype, (site.in_features, members, RANK)))
-        specs.append(TensorSpec(b_name(site.path), dtype, (RANK, site.out_features)))
-    return tuple(specs)
-
-
-def adapter_inputs(signature: Signature) -> tuple[TensorSpec, ...]:
-    """Those inputs of a graph that a stack feeds; none where adapters are weights."""
-    return tuple(spec for spec in signature.inputs if RANK in spec.shape)
 
 
 def require_stack(signature: Signature, stack: Stack | None, slots: int) -> None:

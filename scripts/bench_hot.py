@@ -22,12 +22,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from exporter.build_bundle import build
 from exporter.spec import AdapterSource, BuildSpec, HotSpec
+from runtime.adapter_inputs import LORA_INDEX, RANK, stack_specs
 from runtime.bundle import Bundle
 from runtime.manifest import VerifyLevel
 from runtime.model import Model, load
 from runtime.passes import constant
 from runtime.rows import Rows
-from runtime.stacks import LORA_INDEX, RANK, Stack, stack_specs
+from runtime.stacks import Stack
 from runtime.tensors import DTYPES, shape_of
 
 SIZES = {

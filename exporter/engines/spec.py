@@ -8,11 +8,11 @@ from pathlib import Path
 from exporter.errors import ExportError
 from exporter.spec import OpChoice
 from plugins.operators import GATE_SCALINGS, GATED_LOW_RANK
+from runtime.adapter_inputs import RANK, adapter_inputs
 from runtime.caches import GRAIN
 from runtime.engines import ProfileInfo, Range, Target
 from runtime.manifest import GraphInfo
 from runtime.signature import CacheStyle, TensorSpec
-from runtime.stacks import RANK, adapter_inputs
 
 PREFILL_OPT, DECODE_OPT = 128, 256  # tokens of a prompt, entries of a cache: what engines are tuned for
 

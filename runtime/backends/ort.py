@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.adapter_inputs import RANK, adapter_inputs
 from runtime.caches import CacheGroup, Caches
 from runtime.errors import InputError, MachineError
 from runtime.rows import Rows, StepResult
@@ -26,7 +27,7 @@ from runtime.signature import (
     TensorSpec,
 )
 from runtime.slots import Slots
-from runtime.stacks import RANK, Stack, adapter_inputs, require_stack
+from runtime.stacks import Stack, require_stack
 from runtime.tensors import DTYPES, Array, check_signature, first_bad, float32_copy, is_finite, shape_of
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.adapter_inputs import RANK, adapter_inputs
 from runtime.device import ALIGNMENT, Device
 from runtime.device_caches import DeviceCaches, capacity_step
 from runtime.engines import ProfileInfo, Target, fixed_capacity
@@ -28,7 +29,7 @@ from runtime.signature import (
     TensorSpec,
 )
 from runtime.slots import Slots
-from runtime.stacks import RANK, Stack, adapter_inputs, require_stack
+from runtime.stacks import Stack, require_stack
 from runtime.tensorrt import TRT_DTYPES, load_tensorrt, make_logger
 from runtime.tensors import DTYPES, Array, check_signature, first_bad, float32_copy, is_finite, shape_of
 

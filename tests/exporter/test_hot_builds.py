@@ -35,6 +35,7 @@ from exporter.verify_sources import spec_from_manifest
 from exporter.watch import StageClock
 from runtime.adapter_folder.lora_tensors import LoraTensors
 from runtime.adapter_folder.safetensors_file import open_tensors
+from runtime.adapter_inputs import RANK, adapter_inputs
 from runtime.backends.trt import TrtSession
 from runtime.bundle import Bundle, open_bundle, read_manifest
 from runtime.cli import main as run_main
@@ -48,7 +49,7 @@ from runtime.recording import save_recording
 from runtime.replay import replay
 from runtime.rows import Rows
 from runtime.session import SessionSettings
-from runtime.stacks import RANK, Stack, StackBuilder, adapter_inputs, read_stack, rounded, stack_bytes
+from runtime.stacks import Stack, StackBuilder, read_stack, rounded, stack_bytes
 from runtime.tensorrt import make_logger
 from tests.exporter.checkpoint_makers import write_dora, write_lora
 from tests.exporter.hot_makers import HotWorld, Oracle, adapters_of, build_hot

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, save
 
+from runtime.adapter_inputs import LORA_INDEX, LORA_SCALE, RANK, adapter_inputs
 from runtime.backends.ort import OrtSession
 from runtime.errors import InputError
 from runtime.rows import Rows
 from runtime.session import SessionSettings
 from runtime.signature import INPUT_IDS, LOGIT_INDEX, LOGITS, POSITION_IDS, Signature, TensorSpec
-from runtime.stacks import LORA_INDEX, LORA_SCALE, RANK, Stack, adapter_inputs
+from runtime.stacks import Stack
 
 SIGNATURE = Signature(
     inputs=(
