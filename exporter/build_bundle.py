@@ -56,7 +56,7 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
             root = staged.folder
             tokenizer = write_tokenizer(inputs.base, root)
             with clock.stage("load base"):
-                parts = load_parts(inputs, spec.gate_op)
+                parts = load_parts(inputs, spec.gate_op, spec.hot)
                 if spec.dtype is DType.FLOAT16:
                     require_half_range(parts.model)
             proof_root = root if spec.dtype is DType.FLOAT32 else root / TWIN

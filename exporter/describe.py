@@ -48,6 +48,7 @@ def describe(
         gate=None if adapters.gate is None else gate_info(adapters.gate, len(adapters.experts)),
         graphs=tuple(graph.info for graph in graphs),
         variants=variant_infos(spec, adapters),
+        hot=parts.hot,
         tokenizer=tokenizer,
         artifacts=(),
         sources=source_files(adapters, base),

@@ -14,6 +14,7 @@ from exporter.attention import ATTENTION_NAME, CacheState, require_window
 from exporter.errors import ExportError
 from exporter.gate import Gate
 from exporter.gated import Columns, StepState, gated_modules, pick
+from exporter.hot_sites import HotColumns, hot_modules
 from exporter.moe import EXPERTS_NAME
 from exporter.routers import make_router, routable_sites
 from exporter.sites import Site, SiteKind
@@ -40,7 +41,13 @@ class TracedModel(nn.Module):
     """One decoder step of the design's signature, built on the Hugging Face model as it is."""
 
     def __init__(
-        self, model: PreTrainedModel, state: StepState, gate: Gate | None, columns: Columns | None, cache: CacheStyle
+        self,
+        model: PreTrainedModel,
+        state: StepState,
+        gate: Gate | None,
+        columns: Columns | HotColumns | None,
+        cache: CacheStyle,
+        hot: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.model = model
@@ -48,6 +55,7 @@ class TracedModel(nn.Module):
         self.columns = columns
         self.state = state
         self.cache = cache
+        self.hot = hot  # names of the adapter inputs
 
     def forward(
         self,
@@ -59,10 +67,12 @@ class TracedModel(nn.Module):
         router: torch.Tensor | None = None,  # [B]
         logit_index: torch.Tensor,  # [B, K]
         past: Sequence[torch.Tensor],  # per block: keys, values [B, Hkv, C, D]
+        adapters: Sequence[torch.Tensor] = (),  # runtime.adapter_inputs, in the order of `hot`
     ) -> tuple[torch.Tensor, ...]:
         self.state.logit_index = logit_index
         self.state.down.clear()
         self.state.is_routed = None if router is None else (router > 0.5)[:, None, None]
+        self.state.adapters = dict(zip(self.hot, adapters, strict=True))
         if self.columns is not None and scalings is not None:
             self.state.columns = self.columns(scalings)
         cache = CacheState(past, cache_lengths, input_ids.shape[1], self.cache)
@@ -91,23 +101,30 @@ def traced_model(
     shared: bool = False,
     with_plugin: bool = False,
     router: RouterInfo | None = None,
+    hot: Sequence[str] = (),
 ) -> Iterator[TracedModel]:
     """The model with its sites gated, its head picking and its attention reading session-owned caches.
 
     `shared`: all sites read the same scalings (G = 1). `with_plugin`: each update is one node of ours.
     `router`: every site also has this router, for rows that switch it on.
+    `hot`: names of the adapter inputs, for a graph that has its adapters there.
     """
     state = StepState()
     sites = routable_sites(sites, router)
     groups = [[site] for site in sites] if with_plugin else grouped_by_input(model, sites)
-    columns = Columns(groups, sites[0].weights.shape[0], shared=shared) if sites else None
-    routers = [make_router(group, router) for group in groups]
     bases = {site.path: model.get_submodule(site.path) for site in sites}
-    modules: dict[str, nn.Module] = {**gated_modules(bases, groups, state, with_plugin=with_plugin, routers=routers)}
+    columns: Columns | HotColumns | None = None
+    modules: dict[str, nn.Module] = {}
+    if hot:
+        columns, modules = HotColumns(groups, state, shared=shared), {**hot_modules(bases, groups, state)}
+    elif sites:
+        columns = Columns(groups, sites[0].weights.shape[0], shared=shared)
+        routers = [make_router(group, router) for group in groups]
+        modules = {**gated_modules(bases, groups, state, with_plugin=with_plugin, routers=routers)}
     head = head_path(model)
     modules[head] = PickingHead(modules.get(head, model.get_submodule(head)), state)
     with implemented(model, ATTENTION_NAME, EXPERTS_NAME), replaced(model, modules):
-        yield TracedModel(model, state, gate, columns, cache).eval()
+        yield TracedModel(model, state, gate, columns, cache, hot).eval()
 
 
 @contextmanager

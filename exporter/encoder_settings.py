@@ -92,6 +92,9 @@ def _encoder_problems(adapters: AdapterSet, spec: BuildSpec) -> list[InputError]
     if spec.router is not None and spec.router.kind is not RouterKind.XLORA:
         what = "routers inside the sites are for decoders"
         problems.append(ExportError(what, where=f"--router {spec.router.kind}", fix="leave it out", code="E_TASK"))
+    if spec.hot is not None:
+        what = "adapters are inputs of decoders only"
+        problems.append(ExportError(what, where="--adapters-as inputs", fix="--adapters-as weights", code="E_TASK"))
     for flag, choice in (("--gate-op", spec.gate_op), ("--site-op", spec.site_op)):
         if choice is OpChoice.PLUGIN:
             what = "no plugin of ours has been proved on an encoder"

@@ -22,6 +22,7 @@ class StepState:
     logit_index: torch.Tensor | None = None  # [B, K]
     hidden: torch.Tensor | None = None  # [B, S, H] after the final norm
     is_routed: torch.Tensor | None = None  # [B, 1, 1]: rows whose rank columns the sites' routers weigh
+    adapters: Mapping[str, torch.Tensor] = field(default_factory=dict)  # by name, where they are inputs (hot_sites)
     down: dict[int, tuple[torch.Tensor, Sequence[torch.Tensor]]] = field(default_factory=dict)  # per group: x, parts
 
 

@@ -11,6 +11,7 @@ import torch
 from exporter.encoder import signature_of as encoder_signature_of
 from exporter.gate import Gate
 from exporter.graphs import OPSETS, Exported, GraphPlan, export_graph
+from exporter.hot_build import initial_stack, stack_weights
 from exporter.merges.merge import SiteMerge, settled
 from exporter.model_facts import signature_shape
 from exporter.parts import Parts
@@ -29,6 +30,7 @@ from exporter.static import (
 from exporter.store import WeightStore
 from exporter.variants import has_row_per_site, static_variants
 from plugins.operators import GATE_SCALINGS, GATED_LOW_RANK
+from runtime.adapter_inputs import STACK_PATH, stack_specs
 from runtime.manifest import Emit, GraphInfo, MergeInfo, MixInfo, Mode
 from runtime.signature import CacheStyle, Signature, signature_from_shape
 
@@ -53,6 +55,10 @@ def export_dynamic(parts: Parts, spec: BuildSpec, dtype: DType, store: WeightSto
     scalings = len(parts.sites) if has_row_per_site(spec, parts.inputs.adapters) else 1
     router = settled_router(spec, parts.inputs.adapters)
     signature = signature_for(parts, spec, dtype, scalings, has_router=router is not None)
+    if parts.hot is not None:
+        signature = replace(signature, inputs=(*signature.inputs, *stack_specs(parts.hot.sites, dtype.value)))
+        stack = initial_stack(parts.hot, parts.inputs.adapters, dtype.value)
+        store.write(Path(STACK_PATH).stem, stack_weights(stack, dtype.value))
     plan = GraphPlan(
         "dynamic", signature, spec.emit, parts.sites, gate, spec.site_op, router, encoder=parts.inputs.encoder
     )
@@ -63,7 +69,8 @@ def export_dynamic(parts: Parts, spec: BuildSpec, dtype: DType, store: WeightSto
 
 def signature_for(parts: Parts, spec: BuildSpec, dtype: DType, scalings: int, *, has_router: bool = False) -> Signature:
     """The signature of a dynamic graph with that many rows of scalings a token, 0 of a static one."""
-    experts = len(parts.inputs.adapters.experts) if scalings else 0
+    experts = len(parts.inputs.adapters.experts) if parts.hot is None else parts.hot.max_experts
+    experts = experts if scalings else 0
     gate = parts.gate is not None and scalings > 0
     if parts.inputs.encoder is not None:
         return encoder_signature_of(parts.model, parts.inputs.encoder, scalings, experts, gate=gate)

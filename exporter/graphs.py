@@ -21,6 +21,7 @@ from exporter.sites import Site
 from exporter.spec import OpChoice
 from exporter.store import TRANSPOSED, Weight, WeightStore, transposed, weight_from_tensor
 from exporter.trace import trace
+from runtime.adapter_inputs import adapter_inputs
 from runtime.manifest import Emit, EncoderInfo, GraphInfo
 from runtime.routers import RouterInfo
 from runtime.signature import SCALINGS, Signature
@@ -97,6 +98,7 @@ def traced_as(
         shared=is_shared(plan),
         with_plugin=plan.site_op is OpChoice.PLUGIN,
         router=plan.router,
+        hot=[spec.name for spec in adapter_inputs(plan.signature)],
     )
 
 

@@ -20,6 +20,7 @@ from exporter.checkpoints import (
 )
 from exporter.encoder_settings import encoder_info, encoder_notes, refuse_for_encoder
 from exporter.errors import ExportError
+from exporter.hot_build import check_hot_spec, hot_paths
 from exporter.merges.merge import settled
 from exporter.model_facts import refuse_untraceable, untying_notes
 from exporter.router_choice import check_router, require_input_vectors, routed_adapters
@@ -39,12 +40,15 @@ class Inputs:
     base: BaseDescription
     notes: tuple[str, ...]
     encoder: EncoderInfo | None = None  # None: text generation
+    allowed: tuple[str, ...] | None = None  # modules that adapters as inputs may change, in order
 
 
 def read_inputs(spec: BuildSpec) -> Inputs:
     """Read adapters and the base's description, and refuse whatever cannot be exported."""
     check_spec(spec)
-    adapters = read_adapters(spec.adapters, spec.gate, topk_softmax=spec.topk_softmax, cache=spec.cache)
+    adapters = AdapterSet((), None)
+    if spec.adapters or spec.gate is not None or spec.hot is None:
+        adapters = read_adapters(spec.adapters, spec.gate, topk_softmax=spec.topk_softmax, cache=spec.cache)
     base = describe_base(base_reference(spec.base, adapters), spec.task)
     refuse_for_encoder(base, adapters, spec)
     refuse_untraceable(base, spec.emit)
@@ -52,6 +56,7 @@ def read_inputs(spec: BuildSpec) -> Inputs:
     if base.task is Task.TEXT_CLASSIFICATION:
         adapters, shared = without_shared_heads(adapters, base)
         notes += shared
+    allowed = None if spec.hot is None else hot_paths(spec.hot, adapters, base)
     if spec.dtype is DType.FLOAT16:
         check_half_range(adapters, largest_weights(spec))
     if Mode.DYNAMIC in spec.modes:
@@ -62,11 +67,12 @@ def read_inputs(spec: BuildSpec) -> Inputs:
     check_variants(spec, adapters)
     touched = {path for expert in adapters.experts for path in expert.deltas}
     mixed = check_mix(spec, adapters, touched)
+    touched |= set(allowed or ())
     touched |= {
         name.rpartition(".")[0] for e in adapters.experts for name, new in e.replacements.items() if not new.rows
     }
     said = (*adapters.notes, *base.notes, *notes, *untying_notes(base, touched), *routed, *mixed)
-    return Inputs(adapters, base, (*said, *encoder_notes(base, spec)), encoder_info(base, spec))
+    return Inputs(adapters, base, (*said, *encoder_notes(base, spec)), encoder_info(base, spec), allowed)
 
 
 def largest_weights(spec: BuildSpec) -> dict[str, float]:
@@ -107,7 +113,8 @@ def require_mergeable(mix: MixInfo, spec: BuildSpec, experts: Sequence[Expert]) 
 
 def check_spec(spec: BuildSpec) -> None:
     """Refuse settings that contradict each other."""
-    if not spec.adapters and spec.gate is None:
+    check_hot_spec(spec)
+    if not spec.adapters and spec.gate is None and spec.hot is None:
         raise ExportError("no adapters given", where="--adapters", need="an X-LoRA folder, or NAME=DIR of LoRA folders")
     if spec.threads is not None and spec.threads < 1:
         raise ExportError("threads", where="--threads", got=str(spec.threads), need="at least 1")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from exporter.adapters import AdapterSet, Expert, GateConfig
 from exporter.checkpoints import BaseDescription, base_reference, check_against_base, describe_base, read_adapters
-from exporter.checkpoints.files import is_file, is_folder
 from exporter.checkpoints.gate_config import ORIGINAL_CONFIG, PEFT_CONFIG, Layout, layout_of
 from exporter.errors import ExportError
 from exporter.model_facts import refuse_untraceable
 from exporter.spec import AdapterSource, CacheChoice
+from runtime.adapter_folder.files import is_file, is_folder
 from runtime.errors import Problems, UserError
 from runtime.manifest import MANIFEST_NAME, Emit, TopkSoftmax
 

@@ -14,13 +14,14 @@ from exporter.encoder_reference import EncoderReference
 from exporter.encoder_verification import EncoderVerification
 from exporter.gate import Gate, PluginGate
 from exporter.graphs import parameter_count
+from exporter.hot_build import hot_info, probe_adapters, with_allowed_sites
 from exporter.inputs import Inputs
 from exporter.model_facts import base_info, module_kinds
 from exporter.reference import Reference
 from exporter.sites import Site, SiteKind, stack
-from exporter.spec import BuildSpec, OpChoice
-from exporter.verification import Verification
-from runtime.manifest import EncoderInfo, VerifyLevel
+from exporter.spec import BuildSpec, HotSpec, OpChoice
+from exporter.verification import Probe, Verification
+from runtime.manifest import EncoderInfo, HotInfo, VerifyLevel
 from runtime.signature import TOKEN_TYPE_IDS
 from runtime.text import Text
 
@@ -37,20 +38,20 @@ class Parts:
     kinds: Sequence[tuple[str, SiteKind]]
     sites: tuple[Site, ...]
     gate: Gate | None
+    hot: HotInfo | None = None  # where adapters are inputs: their layout
 
 
-def load_parts(inputs: Inputs, gate_op: OpChoice = OpChoice.OPS) -> Parts:
+def load_parts(inputs: Inputs, gate_op: OpChoice = OpChoice.OPS, hot: HotSpec | None = None) -> Parts:
     """The base in fp32, the sites and the gate."""
     model = load_base(inputs.base, torch.float32)
     kinds = module_kinds(inputs.base, model)
     gate = inputs.adapters.gate
-    return Parts(
-        inputs,
-        model,
-        kinds,
-        stack(inputs.adapters, kinds, model),
-        None if gate is None else GATES[gate_op](gate, len(inputs.adapters.experts)),
-    )
+    sites, experts, layout = stack(inputs.adapters, kinds, model), len(inputs.adapters.experts), None
+    if hot is not None:
+        assert inputs.allowed is not None
+        sites = with_allowed_sites(sites, inputs.allowed, kinds, inputs.base, experts)
+        layout = hot_info(hot, model, sites, experts)
+    return Parts(inputs, model, kinds, sites, None if gate is None else GATES[gate_op](gate, experts), layout)
 
 
 def make_verification(parts: Parts, spec: BuildSpec, tokenizer: Text | None) -> Verification:
@@ -69,7 +70,13 @@ def make_verification(parts: Parts, spec: BuildSpec, tokenizer: Text | None) -> 
     encoder = parts.inputs.encoder
     if encoder is not None:
         return EncoderVerification(reference=encoder_reference(parts, encoder), info=encoder, **common)
-    return Verification(reference=Reference(parts.model, parts.inputs.adapters, parts.kinds), **common)
+    reference = Reference(parts.model, parts.inputs.adapters, parts.kinds)
+    if parts.hot is None:
+        return Verification(reference=reference, **common)
+    reference.sites = [(site.path, site.kind) for site in parts.sites]
+    strangers = probe_adapters(parts.hot, [expert.name for expert in parts.inputs.adapters.experts])
+    probe = Probe(strangers, Reference(parts.model, strangers, parts.kinds))
+    return Verification(reference=reference, hot=parts.hot, probe=probe, **common)
 
 
 def encoder_reference(parts: Parts, encoder: EncoderInfo) -> EncoderReference:

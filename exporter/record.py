@@ -60,7 +60,7 @@ def record(bundle: Bundle, sources: BuildSpec, graph: GraphInfo, clock: StageClo
         require_generation(inputs.base, "record")
         compare_sources(bundle.manifest.sources, source_files(inputs.adapters, inputs.base))
     with clock.stage("load base"):
-        parts = load_parts(inputs)
+        parts = load_parts(inputs, hot=spec.hot)
     return record_parts(parts, spec, bundle, graph, clock)
 
 

@@ -9,9 +9,9 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from exporter.checkpoints.half_range import MAX_HALF
 from exporter.errors import ExportError, VerifyError
 from exporter.graphs import Exported
+from runtime.adapter_folder.half_range import MAX_HALF
 from runtime.errors import InputError, raise_all
 
 

@@ -33,6 +33,22 @@ class OpChoice(StrEnum):
     PLUGIN = "plugin"
 
 
+class AdaptersAs(StrEnum):
+    """What the dynamic graph's adapters are: weights of the bundle, or inputs that a running session can change."""
+
+    WEIGHTS = "weights"
+    INPUTS = "inputs"
+
+
+@dataclass(frozen=True, slots=True)
+class HotSpec:
+    """Adapters as inputs: how much a running session may load, and where."""
+
+    max_total_rank: int
+    max_experts: int | None = None  # None: as many as are given
+    targets: tuple[str, ...] = ()  # besides those of the given adapters: module names or ends of paths, or all-linear
+
+
 class ScalingsChoice(StrEnum):
     """How many rows of scalings a token has in the dynamic graph."""
 
@@ -113,6 +129,7 @@ class BuildSpec:
     emit: Emit = Emit.PORTABLE
     dtype: DType = DType.FLOAT32
     cache: CacheChoice = CacheChoice.KV
+    hot: HotSpec | None = None  # None: adapters are weights
     scalings: ScalingsChoice | None = None  # None: a row a site where the gate or a mix has one
     gate_op: OpChoice = OpChoice.OPS  # top-k and softmax of the gate
     site_op: OpChoice = OpChoice.OPS  # the gated low-rank update of a site

@@ -13,6 +13,7 @@ import torch
 
 from exporter.dynamic import TracedModel
 from exporter.encoder import TracedEncoder
+from runtime.adapter_inputs import RANK, adapter_inputs
 from runtime.signature import (
     CACHE_LENGTHS,
     INPUT_IDS,
@@ -27,7 +28,7 @@ from runtime.signature import (
 )
 
 # Sizes for tracing: none is 0 or 1 (torch.export specialises those away) and no two are equal.
-EXAMPLE_SIZES = {"B": 2, "S": 3, "C": 7, "K": 5}
+EXAMPLE_SIZES = {"B": 2, "S": 3, "C": 7, "K": 5, RANK: 11}
 
 
 def trace(model: TracedModel | TracedEncoder, signature: Signature, opset: int) -> ir.Model:
@@ -74,7 +75,9 @@ def _as_arguments(signature: Signature, values: dict[str, Any]) -> dict[str, Any
         return {name: values[name] for name in (INPUT_IDS, TOKEN_TYPE_IDS, LENGTHS, SCALINGS) if name in values}
     named = (INPUT_IDS, POSITION_IDS, CACHE_LENGTHS, SCALINGS, ROUTER, LOGIT_INDEX)
     past = [values[carry.input] for carry in signature.carries]
-    return {**{name: values[name] for name in named if name in values}, "past": past}
+    adapters = [values[spec.name] for spec in adapter_inputs(signature)]
+    arguments = {name: values[name] for name in named if name in values} | {"past": past}
+    return arguments | ({"adapters": adapters} if adapters else {})
 
 
 def _example(spec: TensorSpec) -> torch.Tensor:

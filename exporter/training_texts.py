@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.checkpoints.files import open_regular, shown_path
-from exporter.checkpoints.problems import shortened
 from exporter.errors import ExportError
 from runtime import strict_json
+from runtime.adapter_folder.files import open_regular, shown_path
+from runtime.adapter_folder.problems import shortened
 from runtime.errors import InputError, raise_all
 from runtime.manifest import Strict
 from runtime.text import Text

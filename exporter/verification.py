@@ -9,15 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from exporter.adapters import AdapterSet
 from exporter.gate import scaling_pass_row
+from exporter.hot_build import initial_stack
 from exporter.plain_merges import mapped, plain_merge
 from exporter.prompts import encode_prompts
 from exporter.reference import Reference, ReferenceResult
 from exporter.routed_reference import RoutedReference
 from exporter.router_ties import router_ties
-from exporter.spec import BuildSpec
+from exporter.spec import BuildSpec, DType
 from exporter.variants import row_variants
 from exporter.verify import (
     EXTENTS,
@@ -29,12 +31,14 @@ from exporter.verify import (
     require_passed,
     verify_graph,
 )
+from runtime.adapter_inputs import adapter_inputs
 from runtime.backends import open_session
 from runtime.encode_golden import EncodedCase
 from runtime.golden import GoldenCase, GoldenLimits, case_from_replay
 from runtime.manifest import (
     AdapterKind,
     GraphInfo,
+    HotInfo,
     MergeInfo,
     MergeMethod,
     Mode,
@@ -47,10 +51,19 @@ from runtime.replay import replay
 from runtime.routers import RouterInfo
 from runtime.session import Session, SessionSettings
 from runtime.signature import SCALINGS
+from runtime.stacks import read_stack
 from runtime.text import Text
 
 EXACT = (MergeMethod.LINEAR, MergeMethod.CAT)  # the sum of the experts itself
 GOLDEN_PROMPTS, GOLDEN_LONGEST, GOLDEN_TOKENS = 3, 24, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Random experts on every site of a graph whose adapters are inputs, and their oracle."""
+
+    adapters: AdapterSet
+    reference: Reference
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,8 @@ class Verification:
     vocab_size: int
     max_positions: int
     is_large: bool  # weights stay mapped: slower steps, no second copy in memory
+    hot: HotInfo | None = None
+    probe: Probe | None = None  # with `hot`
 
     def run(self, root: Path, graph: GraphInfo) -> tuple[VerifyReport, Sequence[GoldenCase | EncodedCase]]:
         """Check one graph that lies in `root`; raises VerifyError when a measure fails."""
@@ -76,16 +91,40 @@ class Verification:
         settings = SessionSettings(self.max_positions, threads=self.spec.threads, mapped=self.is_large)
         session = open_session("ort", root / graph.path, graph.signature, settings)
         try:
-            scenarios = self.scenarios(graph)
-            measures = verify_graph(session, scenarios, prompts, extent)
+            scenarios = self._fed(self.scenarios(graph), root, graph)
+            measures = verify_graph(session, [*scenarios, *self._probed(graph)], prompts, extent)
             report = report_from_measures(measures, graph.name, self.level, self._stage(), self._stage_b())
             require_passed(report)
-            return report, self._golden(session, graph, scenarios[0])
+            named = self._fed(self.named(graph), root, graph)
+            return report, self._golden(session, graph, scenarios[0], named)
         finally:
             session.close()
 
+    def _fed(self, scenarios: Sequence[Scenario], root: Path, graph: GraphInfo) -> list[Scenario]:
+        """With the adapters that the bundle starts with, read from its file, where the graph takes them as inputs."""
+        if self.hot is None or not adapter_inputs(graph.signature):
+            return list(scenarios)
+        stack = read_stack(root / self.hot.path, self.hot, DType.FLOAT32)
+        return [replace(scenario, adapters=stack) for scenario in scenarios]
+
+    def _probed(self, graph: GraphInfo) -> list[Scenario]:
+        """An uneven mix of random experts on every site: an input that is not read, or read elsewhere, shows."""
+        if self.hot is None or self.probe is None or not adapter_inputs(graph.signature):
+            return []
+        other = replace(self, adapters=self.probe.adapters, reference=self.probe.reference, probe=None)
+        uneven = other.scenarios(graph)[0]
+        stack = initial_stack(self.hot, self.probe.adapters, DType.FLOAT32)
+        return [replace(uneven, name=f"probe, {uneven.name}", adapters=stack)]
+
     def scenarios(self, graph: GraphInfo) -> list[Scenario]:
         """The ways users will run this graph: its gate, mixes, single experts, the base."""
+        if not self.adapters.experts and self.probe is not None and graph.mode is Mode.DYNAMIC:
+            # Nothing is loaded yet: of the oracle with random experts, only the base.
+            other = replace(self, adapters=self.probe.adapters, reference=self.probe.reference, probe=None)
+            return [other.scenarios(graph)[1]]
+        return self._scenarios(graph)
+
+    def _scenarios(self, graph: GraphInfo) -> list[Scenario]:
         experts = self.adapters.experts
         n = len(experts)
         if graph.mode is Mode.STATIC:
@@ -163,10 +202,15 @@ class Verification:
         row = (
             None
             if width is None
-            else np.broadcast_to(np.array(weights, np.float32), (width, len(self.adapters.experts)))
+            else self._widened(np.broadcast_to(np.array(weights, np.float32), (width, len(self.adapters.experts))))
         )
         precise = self._precise(lambda reference, ids: reference.constant(weights, ids))
         return Scenario(name, row, False, False, lambda ids: self.reference.constant(weights, ids), self._base, precise)
+
+    def _widened(self, row: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[G, E] with zeros for the experts that a running session may still load."""
+        free = 0 if self.hot is None else self.hot.max_experts - row.shape[1]
+        return np.pad(row, ((0, 0), (0, free))) if free else row
 
     def _precise(
         self, run: Callable[[Reference, Sequence[int]], ReferenceResult]
@@ -191,12 +235,14 @@ class Verification:
     def _prompts(self, count: int, longest: int) -> list[list[int]]:
         return encode_prompts(self.spec.prompts, self.tokenizer, self.vocab_size, count, longest)
 
-    def _golden(self, session: Session, graph: GraphInfo, scenario: Scenario) -> list[GoldenCase]:
+    def _golden(
+        self, session: Session, graph: GraphInfo, scenario: Scenario, named: Sequence[Scenario]
+    ) -> list[GoldenCase]:
         """All prompts under the first scenario, one under each named mix."""
         longest = min(GOLDEN_LONGEST, self.max_positions // 2)
         tokens = min(GOLDEN_TOKENS, self.max_positions - longest)
         prompts = self._prompts(GOLDEN_PROMPTS, longest)
-        wanted = [*((scenario, prompt) for prompt in prompts), *((named, prompts[0]) for named in self.named(graph))]
+        wanted = [*((scenario, prompt) for prompt in prompts), *((each, prompts[0]) for each in named)]
         return [self._case(session, graph, *each, tokens) for each in wanted]
 
     def _case(
@@ -204,7 +250,8 @@ class Verification:
     ) -> GoldenCase:
         """One prompt's answer, with limits no closer than the model's own fp32 noise on it."""
         how = {"per_length": scenario.per_length, "is_routed": scenario.is_routed}
-        [run] = replay(session, [prompt], tokens, scenario.row, is_gated=scenario.is_gated, **how)
+        fed_by = scenario.adapters
+        [run] = replay(session, [prompt], tokens, scenario.row, is_gated=scenario.is_gated, adapters=fed_by, **how)
         noise, fed = Noise(), run.tokens[:-1]
         if scenario.precise is not None and self.level is VerifyLevel.FULL:
             noise = noise_between(scenario.reference(fed), scenario.precise(fed))

@@ -16,6 +16,7 @@ from runtime.manifest import Check, VerifyLevel, VerifyReport
 from runtime.measures import Worst
 from runtime.replay import Replay, replay
 from runtime.session import Session
+from runtime.stacks import Stack
 
 Floats = NDArray[np.float32]
 
@@ -57,6 +58,7 @@ class Scenario:
     base: Callable[[Sequence[int]], ReferenceResult]
     precise: Callable[[Sequence[int]], ReferenceResult] | None = None  # with fp64 products; None: too large a model
     is_routed: bool = False  # by the router inside the sites
+    adapters: Stack | None = None  # of a graph whose adapters are inputs
 
 
 @dataclass(slots=True)
@@ -97,6 +99,7 @@ def verify_graph(
                 is_gated=scenario.is_gated,
                 per_length=scenario.per_length,
                 is_routed=scenario.is_routed,
+                adapters=scenario.adapters,
             )
             for run in runs:
                 compare(run, scenario, measures)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from exporter.errors import VerifyError
 from exporter.spec import BuildSpec
+from runtime.adapter_pool import stored_stack
 from runtime.backends import open_session
 from runtime.bundle import Bundle, open_bundle
 from runtime.encode_golden import read_encoded, replay_encoded
@@ -106,6 +107,6 @@ def replay_graph(
     settings = SessionSettings(bundle.manifest.base.max_positions, threads=threads)
     session = open_session("ort", bundle.file(graph.path), graph.signature, settings)
     try:
-        return replay_golden(session, cases, bundle.manifest.base.dtype)
+        return replay_golden(session, cases, bundle.manifest.base.dtype, stored_stack(bundle, graph))
     finally:
         session.close()

@@ -7,23 +7,27 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from exporter.checkpoints import compare_sources, source_files
+from exporter.errors import VerifyError
 from exporter.graph_exports import export_graphs
 from exporter.graphs import Exported
+from exporter.hot_build import initial_stack
 from exporter.inputs import read_inputs
 from exporter.parts import Parts, load_parts, make_verification
 from exporter.rounding import require_rounded
-from exporter.spec import BuildSpec, CacheChoice, DType, RouterSpec, ScalingsChoice, VariantSpec
+from exporter.spec import BuildSpec, CacheChoice, DType, HotSpec, RouterSpec, ScalingsChoice, VariantSpec
 from exporter.store import WeightStore
 from exporter.tokenizer import load_tokenizer
 from exporter.variants import STATIC
 from runtime.bundle import Bundle
-from runtime.manifest import Check, GraphInfo, Manifest, MergeInfo, MixInfo, Mode
+from runtime.manifest import Check, GraphInfo, HotInfo, Manifest, MergeInfo, MixInfo, Mode
 from runtime.mix import BASE
 from runtime.routers import RouterKind
 from runtime.signature import SCALINGS, CacheStyle
+from runtime.stacks import read_stack
 
 
 def verify_against_sources(bundle: Bundle, sources: BuildSpec) -> dict[str, tuple[Check, ...]]:
@@ -31,7 +35,9 @@ def verify_against_sources(bundle: Bundle, sources: BuildSpec) -> dict[str, tupl
     spec = spec_from_manifest(bundle.manifest, sources)
     inputs = read_inputs(spec)
     compare_sources(bundle.manifest.sources, source_files(inputs.adapters, inputs.base))
-    parts = load_parts(inputs)
+    parts = load_parts(inputs, hot=spec.hot)
+    if parts.hot is not None:
+        require_same_stack(bundle, parts)
     if spec.dtype is DType.FLOAT32:
         return _measure(parts, spec, bundle.root, bundle, bundle.manifest.graphs)
     with tempfile.TemporaryDirectory(prefix="xlora-twin-") as folder:
@@ -41,6 +47,20 @@ def verify_against_sources(bundle: Bundle, sources: BuildSpec) -> dict[str, tupl
             published = ir.load(bundle.file(twin.info.path))
             require_rounded(twin, Exported(twin.info, published, WeightStore(bundle.root)))
         return _measure(parts, spec, root, bundle, [twin.info for twin in twins])
+
+
+def require_same_stack(bundle: Bundle, parts: Parts) -> None:
+    """The adapters that the bundle starts with are the sources', rounded to its dtype."""
+    assert parts.hot is not None
+    if parts.hot != bundle.manifest.hot:
+        raise VerifyError("its adapter inputs are not those of the sources", where=str(bundle.root), code="E_VERIFY")
+    dtype = bundle.manifest.base.dtype
+    stored = read_stack(bundle.file(parts.hot.path), parts.hot, dtype)
+    made = initial_stack(parts.hot, parts.inputs.adapters, dtype)
+    for name, array in made.tensors.items():
+        if not np.array_equal(array, stored.tensors[name]):
+            what = f"{name} of the adapters it starts with is not the sources'"
+            raise VerifyError(what, where=str(bundle.root), code="E_VERIFY")
 
 
 def spec_from_manifest(manifest: Manifest, sources: BuildSpec) -> BuildSpec:
@@ -64,6 +84,7 @@ def spec_from_manifest(manifest: Manifest, sources: BuildSpec) -> BuildSpec:
         ),
         scalings=scalings_of(dynamic, len(manifest.sites)) if dynamic else None,
         router=router_of(dynamic) if dynamic else None,
+        hot=hot_spec(manifest.hot),
         emit=first.emit,
         task=manifest.task,
         pooling=manifest.encoder.pooling if manifest.encoder else None,
@@ -86,6 +107,13 @@ def router_of(graph: GraphInfo) -> RouterSpec | None:
     """The router inside this graph's sites, as it was asked for; a gate needs no asking."""
     info = graph.router
     return None if info is None else RouterSpec(RouterKind(info.kind), **info.model_dump(exclude={"kind"}))
+
+
+def hot_spec(hot: HotInfo | None) -> HotSpec | None:
+    """The settings behind adapters that are inputs, every site by its path."""
+    if hot is None:
+        return None
+    return HotSpec(hot.max_total_rank, hot.max_experts, tuple(site.path for site in hot.sites))
 
 
 def scalings_of(graph: GraphInfo, sites: int) -> ScalingsChoice:

@@ -77,6 +77,11 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     way.add_argument("--variant", dest="variants", action="append", default=[], metavar="NAME", help=several)
     fixed = "fixed scalings, 'base' for no expert, or a mix file"
     way.add_argument("--mix", metavar="math=0.7,code=0.3|FILE.json", help=fixed)
+    hot = command.add_argument_group("adapters loaded before the prompts run, of a bundle whose adapters are inputs")
+    several = "a PEFT LoRA folder under a new name, or in the place of what has that name; may be repeated"
+    hot.add_argument("--load", dest="loads", action="append", default=[], metavar="NAME=DIR", type=_named, help=several)
+    most = "of all adapters in memory; more is refused"
+    hot.add_argument("--max-adapter-bytes", type=int, metavar="N", help=most)
     add("--temperature", type=float, default=0.0, metavar="T")
     add("--top-k", type=int, metavar="K")
     add("--top-p", type=float, metavar="P")
@@ -109,6 +114,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 def compare(args: argparse.Namespace) -> int:
     """Print every measure; 2 unless all pass."""
+    from runtime.adapter_inputs import adapter_inputs
     from runtime.bundle import open_bundle
     from runtime.compare import compare as compare_session
     from runtime.compare import render
@@ -120,7 +126,9 @@ def compare(args: argparse.Namespace) -> int:
     with load(args.bundle, backend=args.backend, graph=graph, provider=args.provider, threads=args.threads) as model:
         require_same_model(recording, model.manifest, model.graph)
         print(f"graph {model.graph.name} ({model.graph.emit}, {model.manifest.base.dtype}) on {model.session.provider}")
-        found = compare_session(model.session, recording, batch=args.batch_size, accept_noise=args.accept_noise)
+        adapters = model.adapters.current.stack if model.adapters and adapter_inputs(model.graph.signature) else None
+        how = {"batch": args.batch_size, "accept_noise": args.accept_noise, "adapters": adapters}
+        found = compare_session(model.session, recording, **how)
     print(render(found))
     return 0 if found.passed else InputError.exit_code
 
@@ -147,7 +155,9 @@ def generate(args: argparse.Namespace) -> int:
         variant=next(iter(args.variants), None),
         provider=args.provider,
         threads=args.threads,
+        max_adapter_bytes=args.max_adapter_bytes,
     ) as model:
+        _load_adapters(model, args)
         if not args.quiet:
             print(_status(model), file=sys.stderr, flush=True)
             if note := mix_note(mix.weights if mix else {}):
@@ -157,6 +167,15 @@ def generate(args: argparse.Namespace) -> int:
         else:
             _print_completions(model, prompts, options, as_json=args.json)
     return 0
+
+
+def _load_adapters(model: Model, args: argparse.Namespace) -> None:
+    """What `--load` names, in its order."""
+    for name, folder in args.loads:
+        pool = model.require_adapters()
+        loaded = pool.load_or_replace(name, folder)
+        for note in loaded.notes if not args.quiet else ():
+            print(f"note: {loaded.alias}: {note}", file=sys.stderr)
 
 
 def _print_stream(model: Model, prompts: list[Routed], options: GenerateOptions) -> None:
@@ -205,6 +224,13 @@ def _status(model: Model) -> str:
     graph = model.graph
     verified = verification_of(model.manifest, graph.name)
     return f"graph {graph.name} ({graph.mode}, {graph.emit}) on {model.session.provider}; {verified}"
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not name or not folder:
+        raise argparse.ArgumentTypeError(f"need NAME=DIR, got {text!r}")
+    return name, Path(folder)
 
 
 def _ids(text: str) -> tuple[int, ...]:

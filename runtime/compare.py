@@ -13,6 +13,7 @@ from runtime.measures import Wide, Worst, divergence, flips, gate_difference, lo
 from runtime.recording import RecordedCase, RecordedNoise, RecordedText, Recording
 from runtime.replay import Answer, Floats, GivenText, replay_given
 from runtime.session import Session
+from runtime.stacks import Stack
 
 BATCH = 4  # prompts that run together: what an engine of default settings takes
 KLD_FACTOR = 3.0  # a right graph's mean divergence lies within this many times PyTorch's own
@@ -71,7 +72,14 @@ class Comparison:
         return self.proves and all(check.passed for check in self.checks)
 
 
-def compare(session: Session, recording: Recording, *, batch: int = BATCH, accept_noise: bool = False) -> Comparison:
+def compare(
+    session: Session,
+    recording: Recording,
+    *,
+    batch: int = BATCH,
+    accept_noise: bool = False,
+    adapters: Stack | None = None,
+) -> Comparison:
     """Run the recorded texts through the session, prefill and cached decode, and hold every answer to the recording.
 
     `accept_noise`: PyTorch's own noise alone sets the limit of the divergence, however large it is.
@@ -80,17 +88,28 @@ def compare(session: Session, recording: Recording, *, batch: int = BATCH, accep
     if batch < 1:
         raise InputError("rows in one step", where="--batch-size", got=str(batch), need="at least 1")
     batch = min(batch, session.limits.rows)
-    answers = [answers_of(session, case, texts, batch) for case, texts, _ in recording.cases()]
+    answers = [answers_of(session, case, texts, batch, adapters) for case, texts, _ in recording.cases()]
     return judge(recording, answers, is_cpu=session.provider == "cpu", accept_noise=accept_noise)
 
 
-def answers_of(session: Session, case: RecordedCase, texts: Sequence[GivenText], batch: int = BATCH) -> list[Answer]:
+def answers_of(
+    session: Session,
+    case: RecordedCase,
+    texts: Sequence[GivenText],
+    batch: int = BATCH,
+    adapters: Stack | None = None,
+) -> list[Answer]:
     """What the session says of the texts of one case."""
     return [
         answer
         for start in range(0, len(texts), batch)
         for answer in replay_given(
-            session, texts[start : start + batch], case.scalings, is_gated=case.is_gated, is_routed=case.is_routed
+            session,
+            texts[start : start + batch],
+            case.scalings,
+            is_gated=case.is_gated,
+            is_routed=case.is_routed,
+            adapters=adapters,
         )
     ]
 

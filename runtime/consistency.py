@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from runtime.adapter_inputs import adapter_inputs, stack_specs
 from runtime.manifest import (
     BUILD_LOG_NAME,
     MANIFEST_NAME,
@@ -76,6 +77,7 @@ def contradictions(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "tokenizer", f"its file {manifest.tokenizer.path!a} is not listed"
     yield from _report_contradictions(manifest)
     yield from _encoder_contradictions(manifest)
+    yield from _hot_contradictions(manifest)
 
 
 def _expert_contradictions(manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -129,6 +131,35 @@ def _router_contradictions(manifest: Manifest, graph: GraphInfo) -> Iterator[str
         yield f"its router picks {graph.router.top_k} experts, there are {len(experts)}"
     if graph.router.kind == "arrow" and set(graph.router.general) & set(experts):
         yield "its router names experts as general adapters"
+
+
+def _hot_contradictions(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Adapters as inputs: the sites, the inputs of the dynamic graphs and the first values belong together."""
+    hot = manifest.hot
+    inputs = {graph.name: adapter_inputs(graph.signature) for graph in manifest.graphs}
+    if hot is None:
+        for name in [name for name, specs in inputs.items() if specs]:
+            yield f"graphs.{name}", "reads adapters from inputs that the manifest does not describe"
+        return
+    if sorted(site.path for site in hot.sites) != sorted(site.path for site in manifest.sites):
+        yield "hot.sites", "are not the sites"
+    groups: dict[str, list[int]] = {}
+    for site in hot.sites:
+        groups.setdefault(site.group, []).append(site.place)
+    if wrong := [group for group, places in groups.items() if places != list(range(len(places)))]:
+        yield "hot.sites", f"the places in {', '.join(wrong)} are not 0, 1, 2, … in order"
+    wanted = stack_specs(hot.sites, manifest.base.dtype)
+    for graph in manifest.graphs:
+        scalings = graph.signature.input(SCALINGS)
+        is_right = inputs[graph.name] == (wanted if graph.mode is Mode.DYNAMIC else ())
+        if not is_right or (scalings is not None and scalings.shape[3] != hot.max_experts):
+            yield f"graphs.{graph.name}", "its adapter inputs are not those of the manifest's sites"
+    if sum(expert.rank for expert in manifest.experts) > hot.max_total_rank:
+        yield "hot.max_total_rank", "is less than the experts' ranks"
+    if len(manifest.experts) > hot.max_experts or (manifest.gate and len(manifest.experts) != hot.max_experts):
+        yield "hot.max_experts", "does not fit the experts"
+    if not any(file.path == hot.path and file.kind == "weights" for file in manifest.artifacts):
+        yield "hot.path", f"{hot.path!a} is no listed weights file"
 
 
 def _variant_contradictions(manifest: Manifest, variant: VariantInfo) -> Iterator[str]:

@@ -16,7 +16,7 @@ from runtime.manifest import MANIFEST_NAME, Digest, ListedFile, Listing, Relativ
 from runtime.sealed_folder import SealedFolder, parse_manifest, read_sealed
 
 ENGINE_FORMAT_VERSION = 1
-SYMBOLS = ("B", "S", "C", "K")
+SYMBOLS = ("B", "S", "C", "K", "R")
 _CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
 _FOLDER = re.compile(r"(trt|trt-rtx)-[0-9a-f]{16}")
 
@@ -50,7 +50,7 @@ class ProfileInfo(Strict):
     """One optimisation profile; its place in the list is its index in the engine."""
 
     name: Literal["prefill", "decode", "whole", "encoder"]
-    ranges: dict[str, Range]  # by symbol of the signature: B, S, C, K; an encoder's are B and S
+    ranges: dict[str, Range]  # by symbol of the signature: B, S, C, K, R; an encoder's are B and S
 
 
 class PlanInfo(Strict):

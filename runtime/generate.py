@@ -11,14 +11,16 @@ from time import perf_counter
 
 import numpy as np
 
+from runtime.adapter_pool import Generation
 from runtime.errors import InputError, NumericError, raise_all
 from runtime.model import Model
 from runtime.passes import Ids
 from runtime.request import Completion, Limits, Request, TokenEvent
-from runtime.routing import Mix, Route, open_passes, route_for
+from runtime.routing import Columns, Mix, Route, open_passes, route_for
 from runtime.sampling import Sampler, Sampling
 from runtime.session import Session, StepLimits
 from runtime.signature import CacheStyle
+from runtime.stacks import Stack
 from runtime.text import TextStream
 
 DEFAULT_NEW_TOKENS = 128
@@ -61,22 +63,30 @@ class GenerateOptions:
 
 
 def generate(
-    model: Model, prompts: Sequence[Prompt | Routed], options: GenerateOptions | None = None
+    model: Model,
+    prompts: Sequence[Prompt | Routed],
+    options: GenerateOptions | None = None,
+    generation: Generation | None = None,
 ) -> Iterator[TokenEvent]:
     """Check everything at once, then yield the tokens of all prompts as they come. Prompts are texts or token ids.
+
+    Where adapters are inputs, all prompts use those of `generation` to their end, by default the newest at this call.
 
     Rows of a batch advance together. Batches hold prompts of one graph and come in the order of their first ones: with
     a batch size of 1, prompt after prompt.
     """
-    _, events = _prepare(model, prompts, options or GenerateOptions())
+    _, events = _prepare(model, prompts, options or GenerateOptions(), generation)
     return events
 
 
 def complete(
-    model: Model, prompts: Sequence[Prompt | Routed], options: GenerateOptions | None = None
+    model: Model,
+    prompts: Sequence[Prompt | Routed],
+    options: GenerateOptions | None = None,
+    generation: Generation | None = None,
 ) -> list[Completion]:
     """Generate to the end: one completion a prompt, in the order of the prompts."""
-    requests, events = _prepare(model, prompts, options or GenerateOptions())
+    requests, events = _prepare(model, prompts, options or GenerateOptions(), generation)
     for _ in events:
         pass
     return [request.completion() for request in requests]
@@ -92,32 +102,38 @@ class _Way:
 
 
 def _prepare(
-    model: Model, prompts: Sequence[Prompt | Routed], options: GenerateOptions
+    model: Model, prompts: Sequence[Prompt | Routed], options: GenerateOptions, generation: Generation | None
 ) -> tuple[list[Request], Iterator[TokenEvent]]:
     if isinstance(prompts, str):
         raise InputError("prompts", got="one string", need="a list of prompts")
-    ways = _ways(model, prompts, options)
+    if generation is None and model.adapters is not None:
+        generation = model.adapters.current  # what all these prompts will see to their end
+    ways = _ways(model, prompts, options, generation)
     requests = _requests(model, prompts, ways, options)
     batches = _batches(ways, options.batch_size)
-    return requests, (event for batch in batches for event in _run(model, requests, ways, batch))
+    stack = generation.stack if generation else None
+    return requests, (event for batch in batches for event in _run(model, requests, ways, batch, stack))
 
 
-def _ways(model: Model, prompts: Sequence[Prompt | Routed], options: GenerateOptions) -> list[_Way]:
+def _ways(
+    model: Model, prompts: Sequence[Prompt | Routed], options: GenerateOptions, generation: Generation | None
+) -> list[_Way]:
     """Each prompt's own way where it has one, else the options'."""
     own = [(each.variant, each.mix) if isinstance(each, Routed) else (None, None) for each in prompts]
     ways, problems = [], []
-    default = _way(model, options.variant, options.mix) if (None, None) in own else None
+    loaded = generation.columns if generation else None
+    default = _way(model, options.variant, options.mix, loaded) if (None, None) in own else None
     for number, (variant, mix) in enumerate(own):
         try:
-            ways.append(default if default and variant is None and mix is None else _way(model, variant, mix))
+            ways.append(default if default and variant is None and mix is None else _way(model, variant, mix, loaded))
         except InputError as error:
             problems.append(_in_prompt(number, error))
     raise_all("prompts", problems)
     return ways
 
 
-def _way(model: Model, variant: str | None, mix: Mix | None) -> _Way:
-    route = route_for(model.manifest, model.graph, variant, mix)
+def _way(model: Model, variant: str | None, mix: Mix | None, loaded: Columns | None) -> _Way:
+    route = route_for(model.manifest, model.graph, variant, mix, loaded)
     return _Way(variant, route, model.session_of(route.graph))
 
 
@@ -135,23 +151,28 @@ def _batches(ways: Sequence[_Way], wanted: int) -> list[list[int]]:
     return sorted(batches)
 
 
-def _run(model: Model, requests: list[Request], ways: Sequence[_Way], batch: list[int]) -> Iterator[TokenEvent]:
+def _run(
+    model: Model, requests: list[Request], ways: Sequence[_Way], batch: list[int], adapters: Stack | None
+) -> Iterator[TokenEvent]:
     """The loop: prefill is its first round, every later one carries a token a row."""
     began = perf_counter()
     rows, session = [requests[number] for number in batch], ways[batch[0]].session
-    passes = model.turn.holder = open_passes(session, [ways[number].route.routing for number in batch])
-    while not all(request.is_done for request in rows):
-        if model.turn.holder is not passes:
-            raise InputError(
-                "another generation has begun on this model", fix="finish one first, or load the model twice"
-            )
-        try:
+    passes = model.turn.holder = open_passes(session, [ways[number].route.routing for number in batch], adapters)
+    try:
+        while not all(request.is_done for request in rows):
+            if model.turn.holder is not passes:
+                raise InputError(
+                    "another generation has begun on this model", fix="finish one first, or load the model twice"
+                )
             logits = passes.forward(*_padded([request.pending() for request in rows]))
-        except NumericError as error:
-            raise NumericError(error.tensor, tuple(batch[row] + 1 for row in error.rows), "prompt") from error
-        for request, row in zip(rows, logits, strict=True):
-            if not request.is_done:
-                yield request.accept(row, perf_counter() - began)
+            for request, row in zip(rows, logits, strict=True):
+                if not request.is_done:
+                    yield request.accept(row, perf_counter() - began)
+    except NumericError as error:
+        raise NumericError(error.tensor, tuple(batch[row] + 1 for row in error.rows), "prompt") from error
+    finally:
+        if adapters is not None and model.turn.holder is passes:
+            session.allocate(0)  # the session was the last to hold an old generation's adapters
 
 
 def _padded(rows: list[tuple[int, ...]]) -> tuple[Ids, Ids]:

@@ -14,6 +14,7 @@ from runtime.manifest import Check, Strict
 from runtime.measures import Worst, logsumexp
 from runtime.replay import Replay, replay
 from runtime.session import Session
+from runtime.stacks import Stack
 
 GOLDEN_PATH = "golden/golden.json"
 TOP = 8  # logits kept per position
@@ -95,13 +96,15 @@ def case_from_replay(
     )
 
 
-def replay_golden(session: Session, cases: Sequence[GoldenCase], dtype: str) -> tuple[Check, ...]:
+def replay_golden(
+    session: Session, cases: Sequence[GoldenCase], dtype: str, adapters: Stack | None = None
+) -> tuple[Check, ...]:
     """Run the cases of one graph again and compare: tokens equal, logits and gate within each case's limits."""
     logits, gate, tokens = Worst(LOGITS_LIMIT[dtype]), Worst(GATE_LIMIT[dtype]), Worst(0.0)
     for number, case in enumerate(cases):
         row = None if case.row is None else np.array(case.row, np.float32)
         how = {"is_gated": case.is_gated, "per_length": case.per_length, "is_routed": case.is_routed}
-        [run] = replay(session, [case.prompt], len(case.tokens), row, **how)
+        [run] = replay(session, [case.prompt], len(case.tokens), row, **how, adapters=adapters)
         again = run.tokens[run.prompt :]
         apart = _logit_differences(run, case)
         if (tie := _router_tie(apart, case)) is not None:  # what follows it reads other K/V

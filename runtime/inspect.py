@@ -12,6 +12,7 @@ from runtime.manifest import (
     ExpertInfo,
     GateInfo,
     GraphInfo,
+    HotInfo,
     Manifest,
     MergeInfo,
     MergeMethod,
@@ -34,6 +35,7 @@ def render(bundle: Bundle) -> str:
         _table("base", _base(manifest)),
         ["experts: column -> name -> folder", *_experts(manifest)] if manifest.experts else ["experts: none"],
         _table("sites", _sites(manifest)),
+        *([_table("adapters as inputs", _hot(manifest.hot))] if manifest.hot else []),
         _table("gate", _gate(manifest.gate)) if manifest.gate else ["gate: none"],
         ["graphs", *(f"  {_graph(graph)}" for graph in manifest.graphs)],
         _table("variants", ((variant.name, _variant(manifest, variant)) for variant in manifest.variants)),
@@ -107,6 +109,13 @@ def _sites(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "count", str(len(manifest.sites))
     for kind in kinds:
         yield kind, str(sum(site.kind == kind for site in manifest.sites))
+
+
+def _hot(hot: HotInfo) -> Iterator[tuple[str, str]]:
+    """What a running session may load."""
+    yield "limits", f"{hot.max_experts} experts, {hot.max_total_rank} rank columns together"
+    for site in hot.sites:
+        yield site.path, f"{site.kind} {site.in_features} -> {site.out_features}"
 
 
 def _gate(gate: GateInfo) -> Iterator[tuple[str, str]]:

@@ -279,6 +279,26 @@ class VerifyReport(Strict):
     checks: tuple[Check, ...]
 
 
+class HotSite(Strict):
+    """A module that adapters loaded at run time may change; sites of one `group` read one tensor."""
+
+    path: str
+    kind: str
+    in_features: Annotated[int, Field(ge=1)]  # of an embedding its vocabulary
+    out_features: Annotated[int, Field(ge=1)]
+    group: str  # the graph's input is called lora_a.GROUP
+    place: Annotated[int, Field(ge=0)]  # among the sites of its group
+
+
+class HotInfo(Strict):
+    """Adapters that are inputs of the dynamic graph; docs/hot-adapters.md has their layout."""
+
+    max_total_rank: Annotated[int, Field(ge=1)]  # N: rank columns of all adapters together
+    max_experts: Annotated[int, Field(ge=1)]  # E of the graph's scalings
+    path: RelativePath  # the inputs' first values, those of the adapters that were given to the build
+    sites: Annotated[tuple[HotSite, ...], Field(min_length=1)]  # in the order of the rows of lora_scale
+
+
 class TokenizerInfo(Strict):
     """Where the tokenizer lies; None of it is code."""
 
@@ -308,6 +328,7 @@ class Manifest(Listing):
     gate: GateInfo | None
     graphs: tuple[GraphInfo, ...]
     variants: tuple[VariantInfo, ...] = ()
+    hot: HotInfo | None = None
     tokenizer: TokenizerInfo | None
     artifacts: tuple[Artifact, ...]
     sources: tuple[SourceInfo, ...]

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from plugins.tensorrt_plugins import register
+from runtime.adapter_pool import AdapterPool, LoadedAdapter, open_pool
 from runtime.backends import open_session
 from runtime.backends.trt import TrtSession
 from runtime.bundle import Bundle, open_bundle
@@ -39,6 +40,7 @@ class Model:
     open_graph: Callable[[GraphInfo], Session]
     others: dict[str, Session] = field(default_factory=dict)  # by graph, opened when first asked for
     turn: Turn = field(default_factory=Turn)
+    adapters: AdapterPool | None = None  # where the dynamic graph's adapters are inputs
 
     @property
     def vocab_size(self) -> int:
@@ -64,6 +66,27 @@ class Model:
             self.others[graph] = self.open_graph(info)
         return self.others[graph]
 
+    def load_adapter(self, alias: str, folder: str | Path) -> LoadedAdapter:
+        """Load a PEFT LoRA folder under a new name; requests begun from now on may name it. From any thread."""
+        return self.require_adapters().load(alias, folder)
+
+    def replace_adapter(self, alias: str, folder: str | Path) -> LoadedAdapter:
+        """Another adapter under a loaded name; running requests keep the one they began with. From any thread."""
+        return self.require_adapters().replace(alias, folder)
+
+    def unload_adapter(self, alias: str) -> None:
+        """Take an adapter away; running requests keep it until they end. From any thread."""
+        self.require_adapters().unload(alias)
+
+    def require_adapters(self) -> AdapterPool:
+        """What `load_adapter` and its kin change; InputError where the adapters are weights."""
+        if self.adapters is None:
+            raise InputError(
+                "the adapters of this bundle are weights and cannot change",
+                fix="build it with --adapters-as inputs --max-total-rank N", code="E_ADAPTER",
+            )  # fmt: skip
+        return self.adapters
+
     def close(self) -> None:
         """Free the sessions."""
         for session in (self.session, *self.others.values()):
@@ -86,18 +109,24 @@ def load(
     variant: str | None = None,
     provider: str = "cpu",
     threads: int | None = None,
+    max_adapter_bytes: int | None = None,
 ) -> Model:
     """Open a bundle for generation. `graph` is a graph's name or mode; without it the dynamic one is taken.
 
     Graphs of other variants are opened when a request first names one; with `variant` its graph is opened now, in
     place of the dynamic one.
+    `max_adapter_bytes`: of all adapters in memory, where they are inputs, those of running requests included.
     `backend`: ort, or trt and trt-rtx with an engine that lies beside the bundle and fits this machine.
     """
     if threads is not None and threads < 1:
         raise InputError("threads", got=str(threads), need="at least 1")
     bundle = open_bundle(Path(path))
     require_task(bundle, Task.TEXT_GENERATION)
-    info = pick_graph(bundle, graph if variant is None else variant_named(bundle.manifest, variant).graph)
+    pool = open_pool(bundle, max_adapter_bytes)
+    is_listed = pool is None or any(known.name == variant for known in bundle.manifest.variants)
+    if variant is not None and is_listed:  # else the name of an adapter that is still to be loaded
+        graph = variant_named(bundle.manifest, variant).graph
+    info = pick_graph(bundle, graph)
     settings = SessionSettings(bundle.manifest.base.max_positions, provider, threads)
     tokenizer = bundle.manifest.tokenizer
     text = Text(bundle.file(tokenizer.path)) if tokenizer else None
@@ -107,7 +136,7 @@ def load(
             return engine_session(bundle, info, Target(backend), settings)
         return open_session(backend, bundle.file(info.path), info.signature, settings)
 
-    return Model(bundle.manifest, info, open_graph(info), text, open_graph)
+    return Model(bundle.manifest, info, open_graph(info), text, open_graph, adapters=pool)
 
 
 def engine_session(bundle: Bundle, graph: GraphInfo, target: Target, settings: SessionSettings) -> Session:

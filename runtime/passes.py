@@ -13,6 +13,7 @@ from runtime.errors import NumericError
 from runtime.rows import Rows
 from runtime.session import Session
 from runtime.signature import ROUTER
+from runtime.stacks import Stack
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -44,7 +45,7 @@ class ExactPasses:
     pass, 2G..G+B-1 of the other rows, so that either pass continues slots in a row.
     """
 
-    def __init__(self, session: Session, routings: Sequence[Routing]) -> None:
+    def __init__(self, session: Session, routings: Sequence[Routing], adapters: Stack | None = None) -> None:
         batch, gated = len(routings), sum(routing.is_gated for routing in routings)
         self._session = session
         self._order = np.argsort([not routing.is_gated for routing in routings], kind="stable")  # gated rows first
@@ -55,7 +56,7 @@ class ExactPasses:
         has_router = session.signature.input(ROUTER) is not None
         self._router = np.array([routing.is_routed for routing in ordered], np.float32) if has_router else None
         self._per_length = any(routing.per_length for routing in ordered)
-        session.allocate(gated + batch)
+        session.allocate(gated + batch, adapters)
 
     def forward(self, tokens: Ids, counts: Ids) -> Floats:
         """One or two steps of the same network. Raises NumericError with the rows as the caller numbers them."""

@@ -12,6 +12,7 @@ from runtime.passes import constant
 from runtime.rows import Rows
 from runtime.session import Session
 from runtime.signature import ROUTER, CacheStyle
+from runtime.stacks import Stack
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -38,14 +39,16 @@ def replay(
     is_gated: bool,
     per_length: bool = False,
     is_routed: bool = False,
+    adapters: Stack | None = None,
 ) -> list[Replay]:
     """Prefill all prompts as one ragged batch, then decode greedily through the caches.
 
     `row` [G, E] holds the constant scalings (of the scaling pass when `is_gated`), divided by the sequence length when
-    `per_length`; None for a static graph. `is_routed`: under the router inside the sites.
+    `per_length`; None for a static graph. `is_routed`: under the router inside the sites. `adapters` feed a graph
+    whose adapters are inputs.
     """
     batch = len(prompts)
-    session.allocate(2 * batch if is_gated else batch)
+    session.allocate(2 * batch if is_gated else batch, adapters)
     tokens = [list(prompt) for prompt in prompts]
     fed = [0] * batch
     logits: list[list[Floats]] = [[] for _ in prompts]
@@ -97,7 +100,13 @@ class Answer:
 
 
 def replay_given(
-    session: Session, texts: Sequence[GivenText], row: Floats | None, *, is_gated: bool, is_routed: bool = False
+    session: Session,
+    texts: Sequence[GivenText],
+    row: Floats | None,
+    *,
+    is_gated: bool,
+    is_routed: bool = False,
+    adapters: Stack | None = None,
 ) -> list[Answer]:
     """Prefill the prompts as one ragged batch, then feed the continuations, equally long, token by token.
 
@@ -105,9 +114,12 @@ def replay_given(
     main pass is run once for each probe.
     """
     if session.signature.cache_style is CacheStyle.NONE:
-        return [_answer_whole(session, text, row, is_gated=is_gated, is_routed=is_routed) for text in texts]
+        return [
+            _answer_whole(session, text, row, is_gated=is_gated, is_routed=is_routed, adapters=adapters)
+            for text in texts
+        ]
     batch = len(texts)
-    session.allocate(2 * batch if is_gated else batch)
+    session.allocate(2 * batch if is_gated else batch, adapters)
     probes = np.stack([text.positions[:PROBES] for text in texts])  # [B, PROBES]
     prompts = [list(text.tokens[: text.prompt]) for text in texts]
     asked = [probes[:, k : k + 1] for k in range(PROBES)]
@@ -130,9 +142,11 @@ def _gate_of(gates: Sequence[Floats | None], row: int, prompt: int) -> Floats | 
     return np.concatenate(kept) if kept else None
 
 
-def _answer_whole(session: Session, text: GivenText, row: Floats | None, *, is_gated: bool, is_routed: bool) -> Answer:
+def _answer_whole(
+    session: Session, text: GivenText, row: Floats | None, *, is_gated: bool, is_routed: bool, adapters: Stack | None
+) -> Answer:
     """A graph without caches: each position is the last of a sequence that is computed whole."""
-    session.allocate(2 if is_gated else 1)
+    session.allocate(2 if is_gated else 1, adapters)
     steps = [
         _step(session, [list(text.tokens[: end + 1])], row, is_gated, [np.array([[end]])], is_routed=is_routed)
         for end in (*text.positions.tolist(), len(text.tokens) - 1)

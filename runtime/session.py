@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from runtime.rows import Rows, StepResult
 from runtime.signature import Signature
+from runtime.stacks import Stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,12 @@ class Session(Protocol):
     def lengths(self) -> NDArray[np.int64]:
         """[slots]: entries held per slot. A copy."""
 
-    def allocate(self, slots: int) -> None:
-        """Start afresh with this many empty slots."""
+    def allocate(self, slots: int, adapters: Stack | None = None) -> None:
+        """Start afresh with this many empty slots.
+
+        `adapters` feed a graph whose adapters are inputs, until the next `allocate`: so no K/V and no bound call ever
+        outlives the adapters it was made with. Nothing of them is kept once other ones, or none, come.
+        """
 
     def step(self, rows: Rows) -> StepResult:
         """Run the graph on `rows`, append their K/V to their slots; positions continue at each slot's length.

@@ -157,6 +157,14 @@ def open_all(spec: AnalyzeSpec, clock: StageClock) -> Opened:
     if manifest.task is not Task.TEXT_GENERATION:
         need = "a bundle that generates text"
         raise ExportError("cannot be analysed", where=str(spec.bundle), got=manifest.task, need=need, code="E_TASK")
+    if manifest.hot is not None:
+        raise ExportError(
+            "cannot be analysed: its adapters are inputs",
+            where=str(spec.bundle),
+            got="--adapters-as inputs",
+            fix="build the same adapters with --adapters-as weights",
+            code="E_UNSUPPORTED",
+        )
     if graph.router is not None:
         raise ExportError(
             "cannot be analysed: routers inside the sites leave no scalings to look at",

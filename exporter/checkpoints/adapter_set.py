@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from exporter.adapters import AdapterSet, Expert, GateConfig, Origin
-from exporter.checkpoints.files import is_file, is_folder, shown_path
 from exporter.checkpoints.gate_config import (
     ORIGINAL_CONFIG,
     PEFT_CONFIG,
@@ -19,9 +18,10 @@ from exporter.checkpoints.gate_config import (
 from exporter.checkpoints.gate_weights import Classifier, read_classifier
 from exporter.checkpoints.lora import LoraFolder, read_lora
 from exporter.checkpoints.naming import Binding, bind_gate, bind_plain
-from exporter.checkpoints.problems import gathering, listed, shortened
 from exporter.errors import ExportError
 from exporter.spec import AdapterSource, CacheChoice
+from runtime.adapter_folder.files import is_file, is_folder, shown_path
+from runtime.adapter_folder.problems import gathering, listed, shortened
 from runtime.errors import InputError, raise_all
 from runtime.manifest import AdapterKind, TopkSoftmax
 

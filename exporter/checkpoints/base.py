@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from exporter.checkpoints.base_folder import folder_of, weight_files
-from exporter.checkpoints.files import shown_path
-from exporter.checkpoints.problems import gathering, shortened, shown
 from exporter.checkpoints.sentence import SentenceSettings, read_sentence
-from exporter.checkpoints.strict_json import read_json
 from exporter.checkpoints.task import ENCODERS, model_class, model_options, task_of
 from exporter.checkpoints.weights_file import FLOAT_DTYPES, open_weights
 from exporter.errors import ExportError
+from runtime.adapter_folder.files import shown_path
+from runtime.adapter_folder.json_files import read_json
+from runtime.adapter_folder.problems import gathering, shortened, shown
 from runtime.errors import InputError, raise_all
 from runtime.manifest import Task
 

@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 
 from exporter.adapters import AdapterSet, Origin
-from exporter.checkpoints.files import is_file, is_folder, pickle_beside, shown_path
 from exporter.checkpoints.hub import cached_folder, fetched_folder, is_hub_id
-from exporter.checkpoints.problems import shown
-from exporter.checkpoints.strict_json import read_json
-from exporter.checkpoints.weights_file import MAX_TENSORS
 from exporter.errors import ExportError
+from runtime.adapter_folder.files import is_file, is_folder, pickle_beside, shown_path
+from runtime.adapter_folder.json_files import read_json
+from runtime.adapter_folder.problems import shown
+from runtime.adapter_folder.safetensors_file import MAX_TENSORS
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"

@@ -11,12 +11,12 @@ import torch
 from exporter.adapters import AdapterSet, Expert, LoraDelta, Origin
 from exporter.checkpoints.base import BaseDescription, ModuleInfo, ModuleKind
 from exporter.checkpoints.base_folder import named_folder
-from exporter.checkpoints.files import shown_path
-from exporter.checkpoints.lora import saved_base_tensors
-from exporter.checkpoints.problems import gathering, listed, shortened, shown
-from exporter.checkpoints.strict_json import read_json
 from exporter.checkpoints.weights_file import FLOAT_DTYPES, WeightsFile, open_weights
 from exporter.errors import ExportError
+from runtime.adapter_folder.files import shown_path
+from runtime.adapter_folder.json_files import read_json
+from runtime.adapter_folder.lora_tensors import saved_base_tensors
+from runtime.adapter_folder.problems import gathering, listed, shortened, shown
 from runtime.errors import InputError, raise_all
 
 # Where the base an adapter was trained on is still here, these must agree.

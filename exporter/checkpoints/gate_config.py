@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from exporter.checkpoints.files import is_file, shown_path
-from exporter.checkpoints.lora_config import require_peft_type
-from exporter.checkpoints.problems import gathering, problems_from_schema, shown
-from exporter.checkpoints.strict_json import read_json
 from exporter.errors import ExportError
+from runtime.adapter_folder.files import is_file, shown_path
+from runtime.adapter_folder.json_files import read_json
+from runtime.adapter_folder.lora_config import require_peft_type
+from runtime.adapter_folder.problems import gathering, problems_from_schema, shown
 from runtime.errors import InputError, raise_all
 from runtime.manifest import TopkSoftmax
 

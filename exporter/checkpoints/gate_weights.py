@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from exporter.checkpoints.files import is_file, require_weights, shown_path
 from exporter.checkpoints.gate_config import GateFields, GateFolder, Layout
-from exporter.checkpoints.problems import gathering, listed, shortened
-from exporter.checkpoints.weights_file import FLOAT_DTYPES, TensorEntry, WeightsFile, is_finite, open_weights
+from exporter.checkpoints.weights_file import FLOAT_DTYPES, WeightsFile, is_finite, open_weights
 from exporter.errors import ExportError
+from runtime.adapter_folder.files import is_file, require_weights, shown_path
+from runtime.adapter_folder.problems import gathering, listed, shortened
+from runtime.adapter_folder.safetensors_file import TensorEntry
 from runtime.errors import InputError, raise_all
 
 PEFT_PREFIX = "base_model.internal_xlora_classifier.layers."

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from exporter.adapters import AdapterSet, LoraDelta
 from exporter.errors import ExportError
+from runtime.adapter_folder.half_range import MAX_HALF, largest_value
+from runtime.adapter_folder.half_range import largest_update as numpy_largest_update
 from runtime.errors import InputError, raise_all
-
-MAX_HALF = 65_504.0
-_CHUNK_ROWS = 1024
 
 
 def largest_update(delta: LoraDelta, above: float = 0.0) -> float:
-    """max |scale * B A| over all elements; an upper bound (Cauchy-Schwarz) when that is not above `above`."""
-    rows, columns = delta.b.double().norm(dim=1), delta.a.double().norm(dim=0)
-    bound = abs(delta.scale) * float(rows.max() * columns.max())
-    if bound <= above:
-        return bound
-    # Exact, in chunks of the rows that could reach it, so that no [out, in] matrix is made.
-    parts = [(chunk.double() @ delta.a.double()).abs().max() for chunk in delta.b.split(_CHUNK_ROWS)]
-    return abs(delta.scale) * float(max(parts))
+    """max |scale * B A| over all elements; an upper bound when that is not above `above`."""
+    return numpy_largest_update(delta.a.float().numpy(), delta.b.float().numpy(), delta.scale, above)
 
 
 def check_half_range(adapters: AdapterSet, weights: Mapping[str, float] | None = None) -> None:
@@ -34,10 +26,8 @@ def check_half_range(adapters: AdapterSet, weights: Mapping[str, float] | None =
     for expert in adapters.experts:
         for path, plain in expert.deltas.items():
             weight = max((weights or {}).get(expert.name, 1.0), 1.0)
-            delta = replace(plain, scale=plain.scale * everywhere * weight)
-            scale = abs(delta.scale)  # multiplies the scalings, in float16 too
-            factor = max(float(delta.a.abs().max()), float(delta.b.abs().max()) * max(1.0, scale), scale)
-            largest = max(factor, largest_update(delta, above=MAX_HALF))
+            a, b, scale = plain.a.float().numpy(), plain.b.float().numpy(), plain.scale * everywhere * weight
+            largest = largest_value(a, b, scale, MAX_HALF)
             if largest > MAX_HALF:
                 problems.append(
                     ExportError(

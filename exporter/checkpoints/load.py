@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from exporter.checkpoints.base import BaseDescription
-from exporter.checkpoints.files import shown_path
-from exporter.checkpoints.problems import listed
 from exporter.checkpoints.task import is_unused_head, model_class
 from exporter.checkpoints.weights_file import is_finite
 from exporter.errors import ExportError
+from runtime.adapter_folder.files import shown_path
+from runtime.adapter_folder.problems import listed
 from runtime.errors import InputError, raise_all
 
 

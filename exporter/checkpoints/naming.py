@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.checkpoints.files import is_folder, shown_path
 from exporter.checkpoints.gate_config import GateFolder, Layout
 from exporter.checkpoints.hub import cached_folder
-from exporter.checkpoints.problems import gathering, shown
 from exporter.errors import ExportError
 from exporter.spec import AdapterSource
+from runtime.adapter_folder.files import is_folder, shown_path
+from runtime.adapter_folder.problems import gathering, shown
 from runtime.errors import InputError, raise_all
 from runtime.manifest import is_expert_name
 from runtime.mix import BASE

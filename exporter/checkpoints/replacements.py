@@ -8,12 +8,12 @@ from collections.abc import Mapping
 import torch
 
 from exporter.adapters import Replacement
-from exporter.checkpoints.files import shown_path
-from exporter.checkpoints.lora_config import AdapterFields
-from exporter.checkpoints.patterns import is_named
-from exporter.checkpoints.problems import gathering, shortened
-from exporter.checkpoints.weights_file import FLOAT_DTYPES, WeightsFile, is_finite
+from exporter.checkpoints.weights_file import FLOAT_DTYPES, WeightsFile
 from exporter.errors import ExportError
+from runtime.adapter_folder.files import shown_path
+from runtime.adapter_folder.lora_config import AdapterFields
+from runtime.adapter_folder.patterns import is_named
+from runtime.adapter_folder.problems import gathering, shortened
 from runtime.errors import InputError, raise_all
 
 _KEY = re.compile(r"base_model\.model\.(?P<path>[A-Za-z0-9_.]{1,400})\.(?P<part>[A-Za-z0-9_]{1,100})")
@@ -63,17 +63,6 @@ def read_replacements(
     return {name: new for name, new in found.items() if new.rows != ()}  # no token ids: nothing is replaced
 
 
-def read_finite(file: WeightsFile, key: str) -> torch.Tensor:
-    """One tensor as float32 (PEFT, too, lifts fp16 and bf16 adapters to fp32); NaN and infinities are refused."""
-    tensor = file.read(key).float()
-    if not is_finite(tensor):
-        raise ExportError(
-            f"tensor {key} holds NaN or infinite values", where=shown_path(file.path), need="finite float32 values",
-            fix="the training diverged or the file is damaged; use an earlier save", code="E_VALUE",
-        )  # fmt: skip
-    return tensor
-
-
 def _read_values(file: WeightsFile, key: str, rows: tuple[int, ...] | None) -> torch.Tensor:
     where, entry = shown_path(file.path), file.entries[key]
     if entry.dtype not in FLOAT_DTYPES:
@@ -84,7 +73,7 @@ def _read_values(file: WeightsFile, key: str, rows: tuple[int, ...] | None) -> t
             f"tensor {key} does not fit trainable_token_indices", where=where, got=str(list(entry.shape)),
             need=f"[{len(set(rows))}, width]: one row for each of the different token ids", code="E_TENSOR",
         )  # fmt: skip
-    return read_finite(file, key)
+    return torch.from_numpy(file.read_finite(key))
 
 
 def _rows_of(path: str, fields: AdapterFields) -> tuple[int, ...] | None:

@@ -15,9 +15,9 @@ import torch
 
 from exporter.adapters import AdapterSet, LoraDelta
 from exporter.checkpoints.base_folder import named_folder
-from exporter.checkpoints.files import shown_path
-from exporter.checkpoints.lora import CONFIG_NAME, KEY_PREFIX, WEIGHTS_STEM
 from exporter.errors import ExportError
+from runtime.adapter_folder.files import shown_path
+from runtime.adapter_folder.lora_tensors import CONFIG_NAME, KEY_PREFIX, WEIGHTS_STEM
 from runtime.errors import MachineError
 
 

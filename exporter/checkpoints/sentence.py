@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoints.files import is_file, open_regular, shown_path
-from exporter.checkpoints.problems import shown
-from exporter.checkpoints.strict_json import MAX_BYTES, parse_object, read_json
 from exporter.errors import ExportError
+from runtime.adapter_folder.files import is_file, open_regular, shown_path
+from runtime.adapter_folder.json_files import MAX_BYTES, parse_object, read_json
+from runtime.adapter_folder.problems import shown
 from runtime.manifest import Pooling
 
 MODULES_NAME = "modules.json"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from exporter.adapters import AdapterSet
 from exporter.checkpoints.base import BaseDescription
-from exporter.checkpoints.files import is_file, open_regular
 from exporter.errors import ExportError
+from runtime.adapter_folder.files import is_file, open_regular
 from runtime.errors import InputError, raise_all
 from runtime.manifest import SourceInfo
 

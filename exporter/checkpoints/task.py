@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoints.files import is_file, shown_path
-from exporter.checkpoints.problems import shown
 from exporter.checkpoints.sentence import MODULES_NAME
 from exporter.errors import ExportError
+from runtime.adapter_folder.files import is_file, shown_path
+from runtime.adapter_folder.problems import shown
 from runtime.manifest import Task
 
 ENCODERS = ("bert", "distilbert", "mpnet", "roberta", "xlm-roberta")  # model types whose graphs are proved by tests

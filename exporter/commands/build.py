@@ -21,8 +21,9 @@ from exporter.commands.options import (
     silence_transformers,
 )
 from exporter.errors import ExportError
-from exporter.spec import BuildSpec, CacheChoice, DType, OpChoice, RouterSpec, ScalingsChoice
+from exporter.spec import AdaptersAs, BuildSpec, CacheChoice, DType, HotSpec, OpChoice, RouterSpec, ScalingsChoice
 from runtime.engines import Target
+from runtime.errors import InputError
 from runtime.manifest import (
     BUILD_LOG_NAME,
     Emit,
@@ -64,6 +65,7 @@ def add_options(commands: Commands) -> None:
         choices=list(ScalingsChoice),
         help="rows of scalings a token; default sites where the gate or a named mix has weights by site",
     )
+    _add_hot(command)
     add("--out", type=Path, metavar="DIR", help="default ./NAME-MODE")
     add("--overwrite", action="store_true", help="replace the bundle that is there")
     add("--emit", type=one_of(Emit), choices=list(Emit), default=Emit.PORTABLE, help="opset 18 or opset 24 operators")
@@ -103,6 +105,37 @@ def add_options(commands: Commands) -> None:
     add_engine_options(command)
     add_quiet(command)
     command.set_defaults(run=run, interrupted="interrupted; nothing was published")
+
+
+def _add_hot(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument_group("adapters that a running session can load and unload").add_argument
+    add(
+        "--adapters-as",
+        type=one_of(AdaptersAs),
+        choices=list(AdaptersAs),
+        default=AdaptersAs.WEIGHTS,
+        help="weights of the dynamic graph (default), or its inputs",
+    )
+    add("--max-total-rank", type=count, metavar="N", help="of all adapters loaded at a time")
+    add("--max-experts", type=count, metavar="M", help="default: as many as are given")
+    add(
+        "--hot-targets",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="modules that adapters may change besides those of the given ones; all-linear for every Linear block",
+    )
+
+
+def _hot_spec(args: argparse.Namespace) -> HotSpec | None:
+    if args.adapters_as is AdaptersAs.INPUTS:
+        if args.max_total_rank is None:
+            raise InputError("needs a limit", where="--adapters-as inputs", fix="--max-total-rank N")
+        return HotSpec(args.max_total_rank, args.max_experts, tuple(args.hot_targets))
+    given = {"--max-total-rank": args.max_total_rank, "--max-experts": args.max_experts}
+    for flag in [flag for flag, value in given.items() if value] + ["--hot-targets"] * bool(args.hot_targets):
+        raise InputError("is of adapters that are inputs", where=flag, fix="--adapters-as inputs")
+    return None
 
 
 def _add_merge(command: argparse.ArgumentParser) -> None:
@@ -169,6 +202,7 @@ def _build_spec(args: argparse.Namespace) -> BuildSpec:
         modes=tuple(dict.fromkeys(args.mode)),
         mix=None if args.mix is None else mix_from_word(args.mix),
         variants=variants_from_words(args.variants),
+        hot=_hot_spec(args),
         scalings=args.scalings,
         merge=_merge(args),
         router=_router(args),

@@ -90,7 +90,9 @@ def planned_manifest(bundle: Bundle, graphs: list[GraphInfo], spec: EngineSpec, 
             graph=graph.name,
             onnx_sha256=digests[graph.path],
             path=f"{graph.name}.plan",
-            profiles=profiles_of(graph, spec, longest),
+            profiles=profiles_of(
+                graph, spec, longest, bundle.manifest.hot.max_total_rank if bundle.manifest.hot else 0
+            ),
             plugins=plugins_of(graph, spec),
         )
         for graph in graphs

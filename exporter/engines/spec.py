@@ -8,6 +8,7 @@ from pathlib import Path
 from exporter.errors import ExportError
 from exporter.spec import OpChoice
 from plugins.operators import GATE_SCALINGS, GATED_LOW_RANK
+from runtime.adapter_inputs import RANK, adapter_inputs
 from runtime.caches import GRAIN
 from runtime.engines import ProfileInfo, Range, Target
 from runtime.manifest import GraphInfo
@@ -39,11 +40,14 @@ class EngineSpec:
                 raise ExportError("is too small", where=flag, got=str(value), need="at least 1")
 
 
-def profiles_of(graph: GraphInfo, spec: EngineSpec, max_positions: int) -> tuple[ProfileInfo, ...]:
+def profiles_of(
+    graph: GraphInfo, spec: EngineSpec, max_positions: int, max_total_rank: int = 0
+) -> tuple[ProfileInfo, ...]:
     """Prefill and decode, over the symbols of the graph's signature; a graph without cache has one for both.
 
     An empty cache and a step without logits are part of every range: C and K begin at 0. A graph that writes its cache
-    itself (alias) has one fixed C, with room for the padding of a step. Raises ExportError for more positions than the
+    itself (alias) has one fixed C, with room for the padding of a step. Adapters that are inputs have up to
+    `max_total_rank` columns R. Raises ExportError for more positions than the
     model has.
     """
     if spec.max_context is not None and spec.max_context > max_positions:
@@ -57,9 +61,11 @@ def profiles_of(graph: GraphInfo, spec: EngineSpec, max_positions: int) -> tuple
     if graph.signature.input(LENGTHS) is not None:  # an encoder: gated texts take two calls of the same rows
         length = Range(min=1, opt=min(PREFILL_OPT, tokens), max=tokens)
         return (ProfileInfo(name="encoder", ranges={"B": Range(min=1, opt=1, max=spec.max_batch), "S": length}),)
+    has_adapters = bool(adapter_inputs(graph.signature))
+    ranks = {RANK: Range(min=1, opt=max_total_rank, max=max_total_rank)} if has_adapters else {}
     if graph.signature.cache_style is CacheStyle.NONE:
         length = Range(min=1, opt=min(PREFILL_OPT, context), max=context)
-        return (ProfileInfo(name="whole", ranges={"B": Range(min=1, opt=1, max=1), "S": length, "K": some}),)
+        return (ProfileInfo(name="whole", ranges={"B": Range(min=1, opt=1, max=1), "S": length, "K": some} | ranks),)
     cache = Range(min=0, opt=min(DECODE_OPT, context), max=context)
     if graph.signature.cache_style is CacheStyle.ALIAS:
         whole = -(-(context + tokens) // GRAIN) * GRAIN
@@ -69,8 +75,9 @@ def profiles_of(graph: GraphInfo, spec: EngineSpec, max_positions: int) -> tuple
         "S": Range(min=1, opt=min(PREFILL_OPT, tokens), max=tokens),
         "C": cache,
         "K": some,
-    }
-    decode = {"B": Range(min=1, opt=1, max=2 * spec.max_batch), "S": Range(min=1, opt=1, max=1), "C": cache, "K": some}
+    } | ranks
+    few = {"B": Range(min=1, opt=1, max=2 * spec.max_batch), "S": Range(min=1, opt=1, max=1)}
+    decode = few | {"C": cache, "K": some} | ranks
     return ProfileInfo(name="prefill", ranges=prefill), ProfileInfo(name="decode", ranges=decode)
 
 

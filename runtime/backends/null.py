@@ -11,6 +11,7 @@ from runtime.rows import Rows, StepResult
 from runtime.session import SessionSettings, StepLimits
 from runtime.signature import GATE, LOGITS, Signature
 from runtime.slots import Slots
+from runtime.stacks import Stack
 
 
 class NullSession:
@@ -29,8 +30,8 @@ class NullSession:
         """[slots]: entries held per slot. A copy."""
         return self._slots.lengths.copy()
 
-    def allocate(self, slots: int) -> None:
-        """Start afresh with this many empty slots."""
+    def allocate(self, slots: int, adapters: Stack | None = None) -> None:
+        """Start afresh with this many empty slots; adapters change nothing."""
         self._slots.allocate(slots)
 
     def step(self, rows: Rows) -> StepResult:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.adapter_inputs import RANK, adapter_inputs
 from runtime.caches import CacheGroup, Caches
 from runtime.errors import InputError, MachineError
 from runtime.rows import Rows, StepResult
@@ -27,6 +28,7 @@ from runtime.signature import (
     TensorSpec,
 )
 from runtime.slots import Slots
+from runtime.stacks import Stack, require_stack
 from runtime.tensors import DTYPES, Array, check_signature, first_bad, float32_copy, is_finite, shape_of
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -72,6 +74,8 @@ class OrtSession:
         self._slots = Slots(signature, settings.max_positions)
         self._caches = Caches(signature, DTYPES, settings.max_positions)
         self._plans: dict[tuple[object, ...], Plan] = {}
+        self._inputs = frozenset(spec.name for spec in adapter_inputs(signature))
+        self._adapters: Stack | None = None
         self._engine = open_engine(graph, settings)
         self.provider = what_runs(self._engine, settings.provider)
         check_signature(
@@ -88,9 +92,11 @@ class OrtSession:
         """Entries a slot can hold before the caches grow."""
         return self._caches.capacity
 
-    def allocate(self, slots: int) -> None:
-        """Start afresh with this many empty slots of capacity 0."""
-        self._plans.clear()
+    def allocate(self, slots: int, adapters: Stack | None = None) -> None:
+        """Start afresh with this many empty slots of capacity 0; `adapters` feed the graph until the next call."""
+        require_stack(self.signature, adapters, slots)
+        self._plans.clear()  # they point into the old caches and adapters
+        self._adapters = adapters
         self._slots.allocate(slots)
         self._caches.allocate(slots)
 
@@ -159,6 +165,8 @@ class OrtSession:
     def _plan(self, rows: Rows, *, is_fresh: bool) -> Plan:
         """The bound call for these shapes, reused while no memory moves. Fresh slots attend to an empty past."""
         sizes = {"B": rows.tokens.shape[0], "S": rows.tokens.shape[1], "K": rows.logit_index.shape[1]}
+        if self._adapters is not None:
+            sizes[RANK] = self._adapters.rank
         is_empty = is_fresh and self._style is CacheStyle.APPEND
         key = (*sizes.values(), rows.slots.start, is_empty)
         if key not in self._plans:
@@ -171,7 +179,10 @@ class OrtSession:
         plan = Plan(self._engine.io_binding(), {}, {}, [])
         cached = {carry.input for carry in self.signature.carries} | {carry.output for carry in self.signature.carries}
         for spec in self.signature.inputs:
-            if spec.name not in cached:
+            if spec.name in self._inputs:
+                assert self._adapters is not None
+                bind(plan.binding.bind_input, spec, self._adapters.tensors[spec.name])
+            elif spec.name not in cached:
                 plan.feeds[spec.name] = empty_tensor(spec, sizes)
                 bind(plan.binding.bind_input, spec, plan.feeds[spec.name])
         for spec in self.signature.outputs:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.adapter_inputs import RANK, adapter_inputs
 from runtime.device import ALIGNMENT, Device
 from runtime.device_caches import DeviceCaches, capacity_step
 from runtime.engines import ProfileInfo, Target, fixed_capacity
@@ -29,10 +30,11 @@ from runtime.signature import (
     TensorSpec,
 )
 from runtime.slots import Slots
+from runtime.stacks import Stack, require_stack
 from runtime.tensorrt import TRT_DTYPES, load_tensorrt, make_logger
 from runtime.tensors import DTYPES, Array, check_signature, first_bad, float32_copy, is_finite, shape_of
 
-OPTIONS = {"B": "--max-batch", "S": "--max-tokens", "C": "--max-context"}  # of `exporter engine`
+OPTIONS = {"B": "--max-batch", "S": "--max-tokens", "C": "--max-context"}  # of `exporter engine`; R is the bundle's
 SCRATCH_ALIGNMENT = 512  # bytes: some versions refuse less
 PLANS_KEPT = 8  # a decode loop alternates between two; chunks of other widths come and go
 
@@ -86,6 +88,9 @@ class TrtSession:
         self._plans: dict[tuple[object, ...], Plan] = {}
         self._idle: list[list[Any]] = [[] for _ in profiles]  # contexts that no plan holds, by profile
         self._feeds, self._results, self._scratch = Buffer(), Buffer(), Buffer()
+        self._adapters: Stack | None = None
+        self._stack = Buffer()  # the adapters on the device
+        self._places: dict[str, int] = {}  # where each of them lies
         self._runtime: Any = None
         self._engine: Any = None
         self._trt = load_tensorrt(target)
@@ -119,10 +124,13 @@ class TrtSession:
         """Entries a slot can hold before the caches grow."""
         return self._caches.capacity
 
-    def allocate(self, slots: int) -> None:
-        """Start afresh with this many empty slots of capacity 0."""
+    def allocate(self, slots: int, adapters: Stack | None = None) -> None:
+        """Start afresh with this many empty slots of capacity 0; `adapters` are copied to the device, once."""
+        require_stack(self.signature, adapters, slots)
         self._device.enter()
         self._drop_plans()
+        if adapters is not self._adapters:
+            self._upload(adapters)
         self._slots.allocate(slots)
         self._caches.allocate(slots)
 
@@ -162,6 +170,29 @@ class TrtSession:
         self._runtime = None
         self._slots.allocate(0)
         self._device.close()
+
+    def _upload(self, adapters: Stack | None) -> None:
+        """Put the adapters into one block of the device's memory, in place of the last ones."""
+        if self._stack.address:
+            self._device.free(self._stack.address)
+        self._adapters, self._stack, self._places = None, Buffer(), {}
+        if adapters is None:
+            return
+        host = packed(adapter_inputs(self.signature), {RANK: adapters.rank})
+        for name, view in host.views.items():
+            view[...] = adapters.tensors[name]
+        self._stack = Buffer(self._device.allocate(len(host.memory)), len(host.memory))
+        self._device.upload(host.memory, self._stack.address)
+        self._device.synchronize()  # the host's block goes now
+        self._places = {name: self._stack.address + offset for name, offset in host.offsets.items()}
+        self._adapters = adapters
+
+    def _small_inputs(self) -> list[TensorSpec]:
+        """Those that every step brings anew: neither K/V nor adapters."""
+        kept = {carry.input for carry in self.signature.carries} | {
+            spec.name for spec in adapter_inputs(self.signature)
+        }
+        return [spec for spec in self.signature.inputs if spec.name not in kept]
 
     def _open(self, plan: bytes) -> None:
         self._runtime = self._trt.Runtime(self._logger)
@@ -234,6 +265,8 @@ class TrtSession:
         past = self._slots.past(rows)
         is_empty = self._style is CacheStyle.APPEND and not past.any()
         sizes = {"B": rows.tokens.shape[0], "S": rows.tokens.shape[1], "K": rows.logit_index.shape[1]}
+        if self._adapters is not None:
+            sizes[RANK] = self._adapters.rank
         needed = int(past.max()) + sizes["S"] if self._style is CacheStyle.ALIAS else 0  # it writes the padding too
         sizes["C"] = 0 if is_empty else self._caches.capacity_with(needed)
         profile = profile_for(self._profiles, sizes)
@@ -250,13 +283,14 @@ class TrtSession:
     def _bind(self, profile: int, sizes: Mapping[str, int], slot: int) -> Plan:
         """A context of its own for each plan: a captured graph lasts only while its context keeps its shapes."""
         cached = {carry.input for carry in self.signature.carries} | {carry.output for carry in self.signature.carries}
-        inputs = [spec for spec in self.signature.inputs if spec.name not in cached]
+        inputs = self._small_inputs()
         outputs = [spec for spec in self.signature.outputs if spec.name not in cached]
         feeds, results = packed(inputs, sizes), packed(outputs, sizes)
         context = self._context(profile)
         plan = Plan(context, profile, sizes["S"], feeds.memory, results.memory, feeds.views, results.views)
         places = {name: self._feeds.address + offset for name, offset in feeds.offsets.items()}
         places |= {name: self._results.address + offset for name, offset in results.offsets.items()}
+        places |= self._places
         for group, fresh in zip(self._caches.groups, self._fresh, strict=True):
             is_append = self._style is CacheStyle.APPEND
             layer = group.fresh_bytes(sizes["B"], sizes["S"]) // group.count
@@ -282,7 +316,7 @@ class TrtSession:
     def _make_room(self, sizes: Mapping[str, int]) -> None:
         """Buffers as large as this step's small inputs, results and new entries."""
         cached = {carry.input for carry in self.signature.carries} | {carry.output for carry in self.signature.carries}
-        self._fit(self._feeds, packed_bytes([s for s in self.signature.inputs if s.name not in cached], sizes))
+        self._fit(self._feeds, packed_bytes(self._small_inputs(), sizes))
         self._fit(self._results, packed_bytes([s for s in self.signature.outputs if s.name not in cached], sizes))
         if self._style is CacheStyle.APPEND:
             for group, fresh in zip(self._caches.groups, self._fresh, strict=True):

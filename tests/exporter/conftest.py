@@ -12,6 +12,7 @@ from exporter.spec import VariantSpec
 from runtime.manifest import MixInfo, Mode
 from tests.exporter.analysed import Analysed, analyse_llama
 from tests.exporter.encoder_makers import EncoderBuilt, write_random, write_sentence_layout, write_trained
+from tests.exporter.hot_makers import HotWorld, make_world
 from tests.exporter.tiny_builds import Built, build_family
 
 
@@ -57,3 +58,9 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> EncoderBuilt:
     checkpoint = write_random(folder, blocks=2, xlora_depth=2, scaling_pass_value=0.3, softmax_temperature=0.8)
     write_sentence_layout(checkpoint.base)
     return EncoderBuilt(checkpoint, build(checkpoint.spec(out=folder / "bundle")))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> HotWorld:
+    """A bundle whose adapters are inputs, with folders to load. Nobody may change its files."""
+    return make_world(tmp_path_factory.mktemp("hot"))

@@ -25,9 +25,8 @@ from exporter.checkpoints import (
     read_adapters,
     source_files,
 )
-from exporter.errors import ExportError
 from exporter.spec import AdapterSource, CacheChoice
-from runtime.errors import UserError
+from runtime.errors import InputError, UserError
 from tests.exporter.checkpoint_makers import edit_json, edit_tensors, load_model, write_base, write_lora
 from tests.exporter.tiny_builds import DECODERS
 
@@ -105,7 +104,7 @@ def test_shards_are_found_through_the_index(tmp_path: Path, base: Path) -> None:
 def test_an_index_cannot_name_files_elsewhere(copied: Path, name: str) -> None:
     (copied / "model.safetensors").unlink()
     (copied / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(ExportError, match="names a file outside its folder"):
+    with pytest.raises(InputError, match="names a file outside its folder"):
         describe_base(str(copied))
 
 
@@ -143,7 +142,7 @@ def test_integer_weights_are_refused_as_quantised(copied: Path) -> None:
     edit_tensors(
         copied / "model.safetensors", lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.int8)})
     )
-    with pytest.raises(ExportError, match="is I8: quantised bases are not supported"):
+    with pytest.raises(InputError, match="is I8: quantised bases are not supported"):
         describe_base(str(copied))
 
 
@@ -164,25 +163,25 @@ def test_missing_and_unused_weights_are_refused(copied: Path) -> None:
 
 def test_non_finite_weights_are_refused(copied: Path) -> None:
     edit_tensors(copied / "model.safetensors", lambda t: t["lm_head.weight"][3].fill_(float("nan")))
-    with pytest.raises(ExportError, match=r"not finite as torch.float32; got lm_head.weight"):
+    with pytest.raises(InputError, match=r"not finite as torch.float32; got lm_head.weight"):
         load_base(describe_base(str(copied)), torch.float32)
 
 
 def test_weights_too_large_for_half_are_refused_with_a_hint(copied: Path) -> None:
     edit_tensors(copied / "model.safetensors", lambda t: t["lm_head.weight"][3].fill_(1e5))
     load_base(describe_base(str(copied)), torch.bfloat16)
-    with pytest.raises(ExportError, match=r"not finite as torch.float16.*bfloat16"):
+    with pytest.raises(InputError, match=r"not finite as torch.float16.*bfloat16"):
         load_base(describe_base(str(copied)), torch.float16)
 
 
 def test_no_folder_and_no_weights(tmp_path: Path, copied: Path) -> None:
-    with pytest.raises(ExportError, match="is no folder and no hub id"):
+    with pytest.raises(InputError, match="is no folder and no hub id"):
         describe_base("../no where/")
     (copied / "model.safetensors").unlink()
-    with pytest.raises(ExportError, match="holds no weights"):
+    with pytest.raises(InputError, match="holds no weights"):
         describe_base(str(copied))
     (copied / "config.json").unlink()
-    with pytest.raises(ExportError, match=r"config.json: cannot be opened"):
+    with pytest.raises(InputError, match=r"config.json: cannot be opened"):
         describe_base(str(copied))
 
 

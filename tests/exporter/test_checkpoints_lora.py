@@ -15,10 +15,9 @@ from safetensors.torch import load_file
 
 from exporter.adapters import AdapterSet
 from exporter.checkpoints import check_against_base, describe_base, read_adapters
-from exporter.checkpoints.patterns import TargetRule, check_pattern, value_for
-from exporter.errors import ExportError
 from exporter.spec import AdapterSource, CacheChoice
-from runtime.errors import Problems, UserError
+from runtime.adapter_folder.patterns import TargetRule, check_pattern, value_for
+from runtime.errors import InputError, Problems, UserError
 from tests.exporter.checkpoint_makers import edit_json, edit_tensors, load_model, write_base, write_lora
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -160,7 +159,7 @@ def test_pattern_values_agree_with_peft() -> None:
     "pattern", ["(a+)+b", "(.*)*", r"(a)\1", "(", "a)(b", ".*.*.*.*.*.*.*x", "x" * 2000, "((a{2,9}){2,9})"]
 )
 def test_endless_and_broken_patterns_are_refused(pattern: str) -> None:
-    with pytest.raises(ExportError, match="a pattern of rank_pattern is refused"):
+    with pytest.raises(InputError, match="a pattern of rank_pattern is refused"):
         check_pattern(pattern, "rank_pattern", "x")
 
 
@@ -272,7 +271,7 @@ def test_expert_subfolders_of_an_xlora_save_are_refused(copied: Path) -> None:
 
 
 def test_a_whole_model_is_no_adapter(base: Path) -> None:
-    with pytest.raises(ExportError, match="is a whole model, perhaps with its adapter already merged"):
+    with pytest.raises(InputError, match="is a whole model, perhaps with its adapter already merged"):
         read(base)
 
 
@@ -284,7 +283,7 @@ def test_conv2d_is_refused(copied: Path) -> None:
 
 
 def test_a_key_without_gate_is_refused(copied: Path) -> None:
-    with pytest.raises(ExportError, match="KEY:NAME=DIR needs a gate"):
+    with pytest.raises(InputError, match="KEY:NAME=DIR needs a gate"):
         read_adapters([AdapterSource(copied, "a", "0")], None, topk_softmax=None, cache=CacheChoice.KV)
 
 

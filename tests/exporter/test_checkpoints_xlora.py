@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 
 from exporter.adapters import AdapterSet, GateConfig
 from exporter.checkpoints import base_reference, check_against_base, describe_base, read_adapters
-from exporter.errors import ExportError
 from exporter.spec import AdapterSource, CacheChoice
-from runtime.errors import UserError
+from runtime.errors import InputError, UserError
 from runtime.manifest import TopkSoftmax
 from tests.exporter.checkpoint_makers import (
     classifier_tensors,
@@ -141,7 +140,7 @@ def test_a_damaged_save_without_subfolders_is_refused(tmp_path: Path, base: Path
     write_xlora_peft_damaged(tmp_path / "x", base, experts)
     shutil.rmtree(tmp_path / "x" / "0")
     with pytest.raises(
-        ExportError, match=r"missing and cannot be recovered; got .*layers\.0\.weight.*numbered sub-fold"
+        InputError, match=r"missing and cannot be recovered; got .*layers\.0\.weight.*numbered sub-fold"
     ):
         read(tmp_path / "x")
 
@@ -269,14 +268,14 @@ def test_unclear_relocation_shows_the_mapping(
         sources += [AdapterSource(tmp_path / f"new{i}", f"skill{i}") for i in (0, 2)]
         assert names(read(moved, *sources)) == ["skill0", "0", "skill2"]
         return
-    with pytest.raises(ExportError, match=message) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         read(moved, *sources)
     assert "column 1: key '1' = '/gone/skill1'" in str(caught.value)
     assert "write KEY:NAME=DIR" in str(caught.value)
 
 
 def test_one_key_cannot_be_given_twice(moved: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="two folders are given for key '0'"):
+    with pytest.raises(InputError, match="two folders are given for key '0'"):
         read(moved, AdapterSource(tmp_path / "new0", "a", "0"), AdapterSource(tmp_path / "new1", "b", "0"))
 
 
@@ -340,22 +339,22 @@ def test_bad_gate_configs_are_refused(
 
 def test_pooled_classifiers_are_refused(tmp_path: Path, base: Path, experts: list[Path]) -> None:
     folder = write_xlora_original(tmp_path / "x", base, experts, use_mean_pool=True)
-    with pytest.raises(ExportError, match="pooled classifier"):
+    with pytest.raises(InputError, match="pooled classifier"):
         read(folder)
 
 
 def test_extra_gate_tensors_are_refused(tmp_path: Path, base: Path, experts: list[Path]) -> None:
     folder = write_xlora_peft(tmp_path / "x", base, experts)
     edit_tensors(folder / "adapter_model.safetensors", lambda t: t.update(evil=torch.zeros(1)))
-    with pytest.raises(ExportError, match="unexpected tensors; got 'evil'"):
+    with pytest.raises(InputError, match="unexpected tensors; got 'evil'"):
         read(folder)
 
 
 def test_two_gates_and_lora_as_gate_are_refused(tmp_path: Path, base: Path, experts: list[Path]) -> None:
     folder = write_xlora_peft(tmp_path / "x", base, experts)
-    with pytest.raises(ExportError, match="several X-LoRA folders"):
+    with pytest.raises(InputError, match="several X-LoRA folders"):
         read(folder, AdapterSource(folder))
-    with pytest.raises(ExportError, match="is a LoRA, not an X-LoRA gate"):
+    with pytest.raises(InputError, match="is a LoRA, not an X-LoRA gate"):
         read(folder, gate=experts[0])
 
 
@@ -381,7 +380,7 @@ def test_topk_rule_follows_the_peft_version(
     folder = write_xlora_peft(tmp_path / "x", base, experts, **TOPK)
     edit_json(folder / "adapter_config.json", peft_version=version)
     if rule is None:
-        with pytest.raises(ExportError, match=r"not by which rule it was trained.*--topk-softmax token"):
+        with pytest.raises(InputError, match=r"not by which rule it was trained.*--topk-softmax token"):
             read(folder, cache=CacheChoice.NONE)
     else:
         assert gate_of(read(folder, cache=CacheChoice.NONE)).topk_softmax is rule
@@ -395,9 +394,9 @@ def test_a_rule_for_what_the_gate_does_not_do_is_refused(tmp_path: Path, base: P
 
 def test_original_layout_must_say_its_topk_rule(tmp_path: Path, base: Path, experts: list[Path]) -> None:
     folder = write_xlora_original(tmp_path / "x", base, experts, **TOPK)
-    with pytest.raises(ExportError, match="not by which rule"):
+    with pytest.raises(InputError, match="not by which rule"):
         read(folder)
-    with pytest.raises(ExportError, match=r"flattened top-k softmax cannot run with a KV cache.*--cache none"):
+    with pytest.raises(InputError, match=r"flattened top-k softmax cannot run with a KV cache.*--cache none"):
         read(folder, topk=TopkSoftmax.FLATTENED)
     gate = gate_of(read(folder, topk=TopkSoftmax.FLATTENED, cache=CacheChoice.NONE))
     assert gate.topk_softmax is TopkSoftmax.FLATTENED
@@ -409,7 +408,7 @@ def test_base_reference(tmp_path: Path, base: Path, experts: list[Path]) -> None
     assert base_reference(None, adapters) == str(base)
     assert base_reference("other", adapters) == "other"
     edit_json(folder / "adapter_config.json", base_model_name_or_path="no/such-base")
-    with pytest.raises(ExportError, match=r"do not name one base that can be found here.*'no/such-base'"):
+    with pytest.raises(InputError, match=r"do not name one base that can be found here.*'no/such-base'"):
         base_reference(None, read(folder))
     relative = os.path.relpath(base, folder)
     edit_json(folder / "adapter_config.json", base_model_name_or_path=relative)
@@ -419,5 +418,5 @@ def test_base_reference(tmp_path: Path, base: Path, experts: list[Path]) -> None
 def test_unnamed_base_is_asked_for(tmp_path: Path, base: Path) -> None:
     lora = write_lora(tmp_path / "lora", base)
     edit_json(lora / "adapter_config.json", base_model_name_or_path=None)
-    with pytest.raises(ExportError, match=r"name no base.*give --base DIR"):
+    with pytest.raises(InputError, match=r"name no base.*give --base DIR"):
         base_reference(None, read(lora))

@@ -142,7 +142,7 @@ class Talker:
         self.lengths = np.zeros(0, np.int64)
         self.keeps = carries
 
-    def allocate(self, slots: int) -> None:
+    def allocate(self, slots: int, adapters: object = None) -> None:
         self.lengths = np.zeros(slots, np.int64)
 
     def truncate(self, slot: int, length: int) -> None:

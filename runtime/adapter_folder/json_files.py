@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoints.files import open_regular, shown_path
-from exporter.errors import ExportError
 from runtime import strict_json
+from runtime.adapter_folder.files import open_regular, shown_path
+from runtime.errors import InputError
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
@@ -18,12 +18,12 @@ _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _NOT_BRACKET = re.compile(rb"[^\[\]{}]+")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, follow: bool = True) -> dict[str, Any]:
     """The object in a JSON file of at most `MAX_BYTES`."""
-    with open_regular(path) as file:
+    with open_regular(path, follow=follow) as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
-        raise ExportError("is too large", where=shown_path(path), need=f"at most {MAX_BYTES} bytes", code="E_JSON")
+        raise InputError("is too large", where=shown_path(path), need=f"at most {MAX_BYTES} bytes", code="E_JSON")
     return parse_object(data, shown_path(path))
 
 
@@ -35,9 +35,9 @@ def parse_object(data: bytes, where: str, max_depth: int = MAX_DEPTH, max_items:
         value = strict_json.parse(data, max_bytes=len(data), max_values=max_items)
     except ValueError as error:
         what = f"is not valid JSON: it {str(error)[:200]}"
-        raise ExportError(what, where=where, fix="save or copy the file again", code="E_JSON") from error
+        raise InputError(what, where=where, fix="save or copy the file again", code="E_JSON") from error
     if not isinstance(value, dict):
-        raise ExportError("is not a JSON object", where=where, got=type(value).__name__, code="E_JSON")
+        raise InputError("is not a JSON object", where=where, got=type(value).__name__, code="E_JSON")
     return value
 
 
@@ -47,4 +47,4 @@ def _check_nesting(data: bytes, where: str, max_depth: int) -> None:
     for byte in _NOT_BRACKET.sub(b"", _STRING.sub(b"", data)):
         depth += 1 if byte in b"[{" else -1
         if depth > max_depth:
-            raise ExportError("is nested too deeply", where=where, need=f"at most {max_depth} levels", code="E_JSON")
+            raise InputError("is nested too deeply", where=where, need=f"at most {max_depth} levels", code="E_JSON")

@@ -7,8 +7,8 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from exporter.checkpoints.problems import shown
-from exporter.errors import ExportError
+from runtime.adapter_folder.problems import shown
+from runtime.errors import InputError
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 
@@ -23,18 +23,25 @@ def is_file(path: Path) -> bool:
     return os.path.lexists(path) and not is_folder(path)
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading; a fifo, device or folder is refused without waiting on it."""
+def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
+    """Open a regular file for reading; a fifo, device or folder is refused without waiting on it.
+
+    `follow`: the file itself may be a link, as all files of a hub cache are.
+    """
+    if not follow and path.is_symlink():
+        what, fix = "is a symbolic link", "copy the folder with its real files (cp -rL)"
+        raise InputError(what, where=shown_path(path), need="a plain file", fix=fix, code="E_LINK")
     try:
         # O_NONBLOCK: opening a fifo without a writer would wait for ever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+        descriptor = os.open(path, flags)
     except (OSError, ValueError) as error:
-        raise ExportError(
+        raise InputError(
             "cannot be opened", where=shown_path(path), got=str(error), fix="check the path", code="E_FILE"
         ) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ExportError("is not a regular file", where=shown_path(path), need="a regular file", code="E_FILE")
+        raise InputError("is not a regular file", where=shown_path(path), need="a regular file", code="E_FILE")
     return os.fdopen(descriptor, "rb")
 
 
@@ -59,10 +66,10 @@ def require_weights(folder: Path, stem: str) -> Path:
         return path
     pickled = pickle_beside(folder, stem)
     if pickled is None:
-        raise ExportError(
+        raise InputError(
             f"{path.name} is missing", where=shown_path(folder), fix="save the checkpoint again", code="E_FILE"
         )
-    raise ExportError(
+    raise InputError(
         f"{pickled.name} is a pickle file, which can run code when read; no loader was called",
         where=shown_path(folder),
         need=path.name,

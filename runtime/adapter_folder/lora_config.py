@@ -9,10 +9,9 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from exporter.checkpoints.files import shown_path
-from exporter.checkpoints.patterns import TargetRule, check_pattern, value_for
-from exporter.checkpoints.problems import gathering, problems_from_schema, shown
-from exporter.errors import ExportError
+from runtime.adapter_folder.files import shown_path
+from runtime.adapter_folder.patterns import TargetRule, check_pattern, value_for
+from runtime.adapter_folder.problems import gathering, problems_from_schema, shown
 from runtime.errors import InputError, raise_all
 from runtime.manifest import AdapterKind
 
@@ -157,7 +156,7 @@ def require_peft_type(raw: dict[str, Any], wanted: str, where: str) -> None:
     """Refuse any adapter kind but `wanted`."""
     kind = raw.get("peft_type")
     if kind != wanted:
-        raise ExportError(
+        raise InputError(
             "is not the adapter kind needed here", where=where, got=f"peft_type {shown(kind)}",
             need=f"peft_type '{wanted}'", fix="give a LoRA, DoRA or AdaLoRA folder for each expert", code="E_KIND",
         )  # fmt: skip
@@ -186,14 +185,14 @@ def _rank_problems(fields: AdaLoraFields, where: str) -> Iterator[InputError]:
     """AdaLoRA's rank_pattern has one entry for each of the init_r ranks a module began with."""
     for name, kept in (fields.rank_pattern or {}).items():
         if len(kept) != fields.init_r:
-            yield ExportError(
+            yield InputError(
                 f"rank_pattern of {shown(name)} does not fit init_r", where=where, got=f"{len(kept)} entries",
                 need=f"{fields.init_r}, one for each rank of the start", fix="save the adapter again", code="E_CONFIG",
             )  # fmt: skip
 
 
-def _unsupported(where: str, what: str, reason: str) -> ExportError:
-    return ExportError(
+def _unsupported(where: str, what: str, reason: str) -> InputError:
+    return InputError(
         f"{what} cannot be exported: {reason}", where=where, fix="train or convert the adapter without it",
         code="E_UNSUPPORTED",
     )  # fmt: skip

@@ -10,8 +10,8 @@ from re import _constants as regex_op  # type: ignore[attr-defined]
 from re import _parser as regex_parser  # type: ignore[attr-defined]
 from typing import Any, TypeVar
 
-from exporter.checkpoints.problems import shown
-from exporter.errors import ExportError
+from runtime.adapter_folder.problems import shown
+from runtime.errors import InputError
 
 MAX_PATTERN = 1024
 # Each open repeat multiplies the work on a path of n characters by up to n; nested ones are exponential.
@@ -103,8 +103,8 @@ def _open_repeats(tree: Any) -> int:
     return total
 
 
-def _refused(pattern: str, field: str, where: str, need: str) -> ExportError:
-    return ExportError(
+def _refused(pattern: str, field: str, where: str, need: str) -> InputError:
+    return InputError(
         f"a pattern of {field} is refused", where=where, got=shown(pattern), need=need,
         fix="list the module names instead", code="E_CONFIG",
     )  # fmt: skip

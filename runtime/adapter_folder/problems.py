@@ -8,7 +8,6 @@ from itertools import islice
 
 from pydantic import ValidationError
 
-from exporter.errors import ExportError
 from runtime.errors import InputError, Problems
 
 SHOWN = 8  # names in one sentence
@@ -38,7 +37,7 @@ def shortened(problems: list[InputError]) -> list[InputError]:
     if len(problems) <= MOST:
         return problems
     left_out = len(problems) - MOST + 1
-    return [*islice(problems, MOST - 1), ExportError(f"{left_out} more problems of these kinds", code=problems[0].code)]
+    return [*islice(problems, MOST - 1), InputError(f"{left_out} more problems of these kinds", code=problems[0].code)]
 
 
 def shown(value: object) -> str:
@@ -58,7 +57,7 @@ def problems_from_schema(error: ValidationError, where: str) -> list[InputError]
         # A value that may be a dict or a list is refused as both; the first reason is enough.
         if names != parts and any(name.split(".")[0] == names[0] for name in found):
             continue
-        found[".".join(names)] = ExportError(
+        found[".".join(names)] = InputError(
             f"field {shown('.'.join(names))} is refused: {item['msg']}",
             where=where,
             got=shown(item["input"]),
