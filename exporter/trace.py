@@ -63,8 +63,10 @@ def _as_arguments(signature: Signature, values: dict[str, Any]) -> dict[str, Any
     """Values by input name -> the arguments of `TracedModel.forward`."""
     named = (INPUT_IDS, POSITION_IDS, CACHE_LENGTHS, SCALINGS, LOGIT_INDEX)
     past = [values[carry.input] for carry in signature.carries]
-    adapters = [values[spec.name] for spec in adapter_inputs(signature)]
-    return {**{name: values.get(name) for name in named}, "past": past, "adapters": adapters}
+    arguments = {**{name: values.get(name) for name in named}, "past": past}
+    if adapters := [values[spec.name] for spec in adapter_inputs(signature)]:
+        arguments["adapters"] = adapters  # beside an empty list torch's exporter loses the names of all dimensions
+    return arguments
 
 
 def _example(spec: TensorSpec) -> torch.Tensor:
