@@ -66,7 +66,7 @@ class TracedModel(nn.Module):
         scalings: torch.Tensor | None = None,  # [B, S, G, E]
         router: torch.Tensor | None = None,  # [B]
         logit_index: torch.Tensor,  # [B, K]
-        past: Sequence[torch.Tensor],  # per block: keys, values [B, Hkv, C, D]
+        past: Sequence[torch.Tensor] = (),  # per block: keys, values [B, Hkv, C, D]
         adapters: Sequence[torch.Tensor] = (),  # runtime.adapter_inputs, in the order of `hot`
     ) -> tuple[torch.Tensor, ...]:
         self.state.logit_index = logit_index

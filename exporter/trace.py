@@ -69,15 +69,16 @@ def example_inputs(signature: Signature) -> dict[str, Any]:
 def _as_arguments(signature: Signature, values: dict[str, Any]) -> dict[str, Any]:
     """Values by input name -> the arguments of `TracedModel.forward`, or of `TracedEncoder.forward`.
 
-    Absent ones are left out: beside an argument of None torch's exporter loses the names of all dimensions.
+    Absent ones are left out: beside None or an empty list torch's exporter loses the names of all dimensions.
     """
     if signature.input(LENGTHS) is not None:
         return {name: values[name] for name in (INPUT_IDS, TOKEN_TYPE_IDS, LENGTHS, SCALINGS) if name in values}
     named = (INPUT_IDS, POSITION_IDS, CACHE_LENGTHS, SCALINGS, ROUTER, LOGIT_INDEX)
     past = [values[carry.input] for carry in signature.carries]
-    adapters = [values[spec.name] for spec in adapter_inputs(signature)]
-    arguments = {name: values[name] for name in named if name in values} | {"past": past}
-    return arguments | ({"adapters": adapters} if adapters else {})
+    lists = {"past": past, "adapters": [values[spec.name] for spec in adapter_inputs(signature)]}
+    return {name: values[name] for name in named if name in values} | {
+        name: some for name, some in lists.items() if some
+    }
 
 
 def _example(spec: TensorSpec) -> torch.Tensor:

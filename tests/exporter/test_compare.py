@@ -31,7 +31,7 @@ from runtime.replay import Answer
 from runtime.session import Session, SessionSettings
 from tests.exporter.mutations import copy_of, edit_graph, edit_weight
 from tests.exporter.test_mutants import DECODE_MUTANTS, EXPERTS, MUTANTS, Subject
-from tests.exporter.tiny_builds import Built, prompt, reference_of
+from tests.exporter.tiny_builds import Built, assert_named_dimensions, prompt, reference_of
 
 FEW = Extent(prompts=4, longest=24, new_tokens=64)
 Family = Callable[[str], Built]
@@ -102,6 +102,7 @@ def test_the_portable_build_passes_with_a_wide_margin(built: Built, recordings: 
 def test_other_builds_of_the_checkpoint_pass(name: str, built: Built, recordings: Recorded, tmp_path: Path) -> None:
     """Portable's own recording judges the others; a static graph and fp16 have theirs."""
     bundle = build(built.checkpoint.spec(out=tmp_path / "bundle", **BUILDS[name]))
+    assert_named_dimensions(bundle)
     [graph] = bundle.manifest.graphs
     recording = recordings.float16 if name == "float16" else recordings.float32
     if graph.mode is Mode.STATIC:

@@ -228,7 +228,8 @@ def test_rows_that_are_not_routed_are_those_of_a_model_without_router_to_the_bit
         # rank-select stores a and b in another form
         sites = parts.sites if router else routable_sites(parts.sites, case.info)
         with traced_model(parts.model, sites, None, CacheStyle.NONE, router=router) as model:
-            return model(tokens, positions, None, scalings, switches, positions, ())[0]
+            ids = {"input_ids": tokens, "position_ids": positions, "logit_index": positions}
+            return model(**ids, scalings=scalings, router=switches)[0]
 
     plain = logits(None, None)
     assert logits(case.info, torch.zeros(2)).equal(plain)
