@@ -61,8 +61,9 @@ class Environments:
         if not (stamp.exists() and stamp.read_text() == "\n".join(wanted)):
             if not self.may_install:
                 raise EnvironmentMissingError(f"{', '.join(wanted)} is not installed, and --no-install was given")
-            _run([sys.executable, "-m", "venv", "--clear", str(folder)])
-            _run([str(python), "-m", "pip", "install", "--quiet", "--only-binary", ":all:", *wanted])
+            _run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(folder)])
+            pip = [sys.executable, "-m", "pip", "--python", str(python)]
+            _run([*pip, "install", "--quiet", "--only-binary", ":all:", *wanted])
             stamp.write_text("\n".join(wanted))
         return str(python)
 

@@ -101,6 +101,7 @@ def checkpoint_weights(checkpoint: Path, cost: Cost) -> int:
         Cost.BASE: base,
         Cost.CACHED_XLORA: 2 * (base - head) + head + experts + gate,
         Cost.UNCACHED_XLORA: 2 * (base + experts) + gate,
+        Cost.FROZEN_XLORA: base + experts,
     }[cost]
 
 

@@ -11,7 +11,7 @@ import matplotlib as mpl
 mpl.use("svg")
 
 from matplotlib import pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from scripts.benchmark.subjects import OURS, Subject, Sweep
 from scripts.benchmark.tables import Found, limit_rows, swept
@@ -22,7 +22,7 @@ STYLE = {
     "grid.linewidth": 0.6, "axes.axisbelow": True,
 }  # fmt: skip
 # Colours that the colour-blind tell apart (Okabe and Ito 2008); ours are the solid lines.
-COLOURS = ("#0072b2", "#56b4e9", "#000000", "#d55e00", "#009e73", "#7fc97f", "#5b8c5a", "#cc79a7", "#e69f00")
+COLOURS = ("#0072b2", "#56b4e9", "#003f5c", "#d55e00", "#009e73", "#7fc97f", "#5b8c5a", "#cc79a7", "#e69f00")
 AXES = {
     Sweep.CONTEXT: ("tokens of context", "ms per token"),
     Sweep.BATCH: ("rows in the batch", "ms per step"),
@@ -52,7 +52,7 @@ def save(figure: Any, path: Path) -> None:
 
 def sweep_figure(found: Found, sweep: Sweep) -> Any:
     """Medians as lines, quartiles as bars, both axes logarithmic; the legend from the slowest down."""
-    figure, axes = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 4.8), layout="constrained")
     cases = found.plan.sweep(sweep)
     for subject in swept(found, sweep):
         points = [(value, found.results.step_summary(subject.name, case)) for value, case in cases.items()]
@@ -64,7 +64,10 @@ def sweep_figure(found: Found, sweep: Sweep) -> Any:
     axes.set_xticks(list(cases))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=99))
     axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.tick_params(labelsize=9)
     axes.set_xlabel(AXES[sweep][0])
     axes.set_ylabel(AXES[sweep][1])
     handles, labels = axes.get_legend_handles_labels()

@@ -89,8 +89,8 @@ def limit_text(found: Found) -> str:
     return (
         f"Reading 512 MiB with all threads, in between the cases: {median} GB/s ({low} to {high}). Bytes: every weight "
         "the graph reads, once a pass (of the embedding a row), and the cached K/V; for PEFT and mistral.rs counted in "
-        "the checkpoint, for mistral.rs as if the scaling pass left out experts and head. The floor is these bytes at "
-        "that speed. PEFT has no cache: it computes, rather than reads."
+        "the checkpoint, for mistral.rs X-LoRA as if its scaling pass left out experts and head. The floor is these "
+        "bytes at that speed. PEFT has no cache: it computes, rather than reads."
     )
 
 

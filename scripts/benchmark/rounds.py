@@ -180,7 +180,7 @@ class Round:
 
     def _reference_for(self, subject: Subject, tokens: dict[str, Tokens]) -> Subject | None:
         """Who ran the case and computes what this one does, or what it approximates. The first of them."""
-        kind = Computes.XLORA if subject.caches == 2 else Computes.BASE
+        kind = Computes.XLORA if subject.has_experts else Computes.BASE
         able = [other for other in self._subjects if other.computes is kind and other.name in tokens]
         return next(iter(able), None)
 

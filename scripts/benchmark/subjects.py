@@ -14,11 +14,12 @@ FIRST_PLAIN_TOKEN = 3  # ids below have a meaning in some peers' tokenizers
 
 
 class Computes(StrEnum):
-    """Whose tokens a subject must give; subjects of one kind are held to each other."""
+    """Whose tokens a subject must give. What is only near is compared all the same, and never held to it."""
 
     XLORA = "X-LoRA"
     BASE = "base"
-    OTHER = "other numbers"  # quantised or approximate: compared, never held to it
+    NEAR_XLORA = "near X-LoRA"  # approximate
+    NEAR_BASE = "near the base"  # quantised
 
 
 class Cost(StrEnum):
@@ -27,6 +28,7 @@ class Cost(StrEnum):
     BASE = "base"  # once
     CACHED_XLORA = "X-LoRA with caches"  # the base twice, the experts once: the least that exact X-LoRA can read
     UNCACHED_XLORA = "X-LoRA without caches"  # everything twice
+    FROZEN_XLORA = "X-LoRA with frozen scalings"  # the base and the experts once
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +48,14 @@ class Subject:
     most_tokens: int = 10**6  # new tokens of one sample: some need seconds for each
 
     @property
+    def has_experts(self) -> bool:
+        """Whether it computes X-LoRA, or nearly."""
+        return self.computes in (Computes.XLORA, Computes.NEAR_XLORA)
+
+    @property
     def caches(self) -> int:
-        """K/V caches that a token reads."""
-        return 2 if self.computes is Computes.XLORA or self.cost is not Cost.BASE else 1
+        """K/V caches that a token reads: exact X-LoRA has one a pass."""
+        return 2 if self.computes is Computes.XLORA else 1
 
 
 # Another decode mode, or a quantised bundle, of ours is one more entry like these: `generate` are keyword arguments
@@ -71,12 +78,12 @@ PEERS = (
         "mistralrs", cost=Cost.CACHED_XLORA, cache_bytes=2,
     ),
     Subject(
-        "mistral.rs X-LoRA, frozen after 1", "run_mistralrs", Computes.OTHER, "mistralrs",
-        {"adapters": True, "non_granular": 1}, "mistralrs", cost=Cost.CACHED_XLORA, cache_bytes=2,
+        "mistral.rs X-LoRA, frozen after 1", "run_mistralrs", Computes.NEAR_XLORA, "mistralrs",
+        {"adapters": True, "non_granular": 1}, "mistralrs", cost=Cost.FROZEN_XLORA, cache_bytes=2,
     ),
     Subject("mistral.rs base", "run_mistralrs", Computes.BASE, "mistralrs", {}, "mistralrs", cache_bytes=2),
     Subject("ORT GenAI base fp32", "run_genai", Computes.BASE, "genai-fp32", {}, "genai", graph="model.onnx"),
-    Subject("ORT GenAI base int4", "run_genai", Computes.OTHER, "genai-int4", {}, "genai", graph="model.onnx"),
+    Subject("ORT GenAI base int4", "run_genai", Computes.NEAR_BASE, "genai-int4", {}, "genai", graph="model.onnx"),
 )  # fmt: skip
 SUBJECTS = (*OURS, *PEERS)
 
@@ -148,7 +155,7 @@ class Plan:
         """Who runs it: the base has no experts, so it needs no other model than the usual one."""
         if case.experts == self.usual_experts:
             return list(subjects)
-        return [subject for subject in subjects if subject.caches == 2]
+        return [subject for subject in subjects if subject.has_experts]
 
 
 # 1: the only prompt that current mistral.rs X-LoRA takes. 128 and 2048: how time grows with the cache.

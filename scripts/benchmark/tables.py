@@ -72,9 +72,9 @@ def sweep_rows(found: Found, sweep: Sweep, cell: Callable[[Subject, Case], str])
 def swept(found: Found, sweep: Sweep) -> list[Subject]:
     """Those of which there are samples, and whose time the sweep can change."""
     cases = found.plan.sweep(sweep).values()
-    able = set.intersection(*({s.name for s in found.plan.subjects_for(case, found.subjects)} for case in cases))
     ran = {name for name, case in found.results.step if case in cases}
-    return [subject for subject in found.subjects if subject.name in able & ran]
+    needs_experts = sweep is Sweep.EXPERTS  # the base has none
+    return [subject for subject in found.subjects if subject.name in ran and (subject.has_experts or not needs_experts)]
 
 
 def step_rows(found: Found, sweep: Sweep) -> list[Row]:
