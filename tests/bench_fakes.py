@@ -34,14 +34,14 @@ class Fake:
     seconds: float = 0.01
     fails_at: Callable[[int, int], str] = lambda context, batch: ""
     tokens: Callable[[int, int], int] = lambda row, step: step
-    margin: float = 0.5
+    margin_of: Callable[[list[int]], float] = lambda prompt: 0.5
     dies: bool = False
     is_alive: bool = True
     closed: list[str] = field(default_factory=list)
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         if request["do"] == "margins":
-            return {"margins": [self.margin] * len(request["tokens"])}
+            return {"margins": [self.margin_of(request["prompt"])]}
         prompts, count = request["prompts"], request["new_tokens"]
         self.log.append((self.name, len(prompts[0]), len(prompts)))
         if message := self.fails_at(len(prompts[0]), len(prompts)):
