@@ -1,310 +1,189 @@
-"""Side by side in one run, interleaved: X-LoRA through our runtime, the plain base through it, and PEFT X-LoRA.
+"""Side by side in one run: X-LoRA and the base through our runtime, PEFT, mistral.rs, ONNX Runtime GenAI.
 
-    scripts/bench [--rounds 5] [--json FILE] [--checkpoint DIR] [--no-peft]
+    scripts/bench [--quick] [--only NAME ...] [--json FILE] [--out DIR]
 
-Writes a table and JSON. Ratios within one run are what counts: absolute times move with the machine.
+Writes performance.md, its plots and bench.json to DIR. Peers are installed into environments of their own below
+.bench; one that cannot be installed, or cannot run a case, is listed with its message. docs/benchmark.md says more.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from rich.console import Console
-from rich.table import Table
-
-from runtime.bundle import open_bundle
-from runtime.model import Model, load
-from runtime.passes import ExactPasses, Passes, Routing
-from runtime.routing import routing_for
+from runtime.command import run_command
+from runtime.errors import InputError, MachineError, raise_all
+from scripts.benchmark.environments import Environments
+from scripts.benchmark.layouts import LayoutError, Models
+from scripts.benchmark.limit import Bandwidth, reads_of
+from scripts.benchmark.machine import this_machine
+from scripts.benchmark.plots import draw
+from scripts.benchmark.report import as_json, page
+from scripts.benchmark.results import Results
+from scripts.benchmark.rounds import Run, Starter
+from scripts.benchmark.subjects import FULL, QUICK, SUBJECTS, Plan, Subject
+from scripts.benchmark.tables import Found
 
 ROOT = Path(__file__).resolve().parent.parent
-CONTEXTS = (64, 256, 1024)
-PREFILL = 512
-STEPS = 8  # decode steps per sample of ours
-OURS_PER_ROUND = 3  # a shared machine is noisy; PEFT's samples last minutes
-SEED = 7
+SIZES = ("hidden", "blocks", "intermediate", "heads", "kv-heads", "vocab", "positions", "rank", "seed")
 
 
-@dataclass(slots=True)
-class Series:
-    """Samples in milliseconds of one measure of one subject."""
-
-    samples: list[float] = field(default_factory=list)
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.samples)
-
-    def as_dict(self) -> dict[str, object]:
-        return {
-            "median_ms": self.median,
-            "min_ms": min(self.samples),
-            "max_ms": max(self.samples),
-            "n": len(self.samples),
-        }
-
-
-Subject = Callable[[], float]  # one sample in milliseconds
-
-
-def main() -> None:
-    """Checkpoint, build, measure, print."""
-    args = parser().parse_args()
-    console = Console(stderr=True)
-    with tempfile.TemporaryDirectory(prefix="xlora-bench-") as folder:
-        work = args.checkpoint or Path(folder) / "checkpoint"
-        if args.checkpoint is None:
-            run([sys.executable, ROOT / "scripts" / "make_large.py", work])
-        console.print("building the bundle")
-        built = build(work, Path(folder) / "bundle")
-        bundle = Path(folder) / "bundle"
-        peft = Peft(work) if args.peft else None
-        correct = {"8 greedy tokens after 32": agreement(bundle, peft)} if peft else {}
-        series = measure(bundle, peft, args.rounds, console)
-    result = {
-        "machine": machine(),
-        "build": built,
-        "agreement": correct,
-        "series": {k: s.as_dict() for k, s in series.items()},
-    }
-    result["ratios"] = ratios(series)
-    show(result)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 measured, 2 bad input, 3 the machine lacks something."""
+    args = parser().parse_args(argv)
+    return run_command(lambda: bench(args), packages=".[cpu,export,test,bench]")
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("--rounds", type=int, default=5)
-    result.add_argument("--json", type=Path)
-    result.add_argument("--checkpoint", type=Path, help="made by make_large.py; default: the 125 M bench model")
-    result.add_argument("--no-peft", dest="peft", action="store_false")
-    return result
+    """All options."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="few cases, two rounds: does everything run?")
+    add("--only", nargs="+", metavar="NAME", help="of: " + ", ".join(subject.name for subject in SUBJECTS))
+    add("--rounds", type=int, metavar="N", help=f"{FULL.rounds} unless given")
+    add("--contexts", type=int, nargs="+", metavar="N", help="tokens of context")
+    add("--batches", type=int, nargs="+", metavar="N", help="rows of a batch")
+    add("--experts", type=int, nargs="+", metavar="N", help="numbers of experts; each is a model to build")
+    add("--new-tokens", type=int, metavar="N", help=f"of one sample; {FULL.new_tokens} unless given")
+    add("--threads", type=int, default=2, metavar="N", help="of every subject")
+    add("--sizes", nargs="+", default=[], metavar="NAME=N", help="of the model; names: " + ", ".join(SIZES))
+    add("--no-install", dest="may_install", action="store_false", help="only peers that are installed already")
+    add("--environments", type=Path, default=ROOT / ".bench", metavar="DIR", help="of the peers")
+    add("--models", type=Path, metavar="DIR", help="keep the models here, and use those that are here: they may be old")
+    add("--out", type=Path, default=ROOT / "out" / "bench", metavar="DIR", help="of the page and its plots")
+    add("--json", type=Path, metavar="FILE", help="bench.json in DIR unless given")
+    return parser
 
 
-def run(command: list[object]) -> None:
-    subprocess.run([str(part) for part in command], check=True, cwd=ROOT)
+def bench(args: argparse.Namespace) -> int:
+    """Check all options, measure, write."""
+    plan, subjects = plan_from(args), subjects_from(args.only)
+    sizes = sizes_from(args.sizes)
+    require_threads(args.threads)
+    machine = this_machine()  # before there is load of our own
+    with models_folder(args) as folder:
+        environments = Environments(args.environments, args.may_install)
+        models = {n: Models(folder / f"{n}-experts", n, environments, sizes) for n in plan.models()}
+        setting = {"quick": args.quick, "threads": args.threads, **model_setting(models[plan.usual_experts], plan)}
+        bandwidth = Bandwidth(args.threads, folder)
+        run = Run(plan, subjects, models, Starter(args.threads, folder / "logs"), bandwidth.sample, tell, Results())
+        run.measure()
+        found = Found(plan, subjects, run.results, reads_by_subject(run))
+        setting["builds"] = builds(models)
+    if not run.results.step:
+        raise MachineError("nothing ran", got="; ".join(sorted(set(run.results.left_out.values()))))
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = page(found, machine, setting, draw(found, args.out))
+    (args.out / "performance.md").write_text(text, encoding="utf-8")
+    (args.json or args.out / "bench.json").write_text(json.dumps(as_json(found, machine, setting), indent=1) + "\n")
+    print(text)
+    return 0
 
 
-def build(checkpoint: Path, bundle: Path) -> dict[str, object]:
-    """One process, so that its peak memory is its own; the plain base is the static graph of the empty mix."""
-    started = time.perf_counter()
-    command = [sys.executable, "-m", "exporter", "build", "--adapters", checkpoint / "xlora", "--out", bundle]
-    run([*command, "--mode", "dynamic", "static", "--mix", "base", "--verify", "quick", "-q"])
-    log = json.loads((bundle / "build.json").read_text())
-    figures = {name: log[name] for name in ("seconds", "peak_bytes")}  # its notes name folders of this machine
-    return {"total_seconds": time.perf_counter() - started, **figures}
+def plan_from(args: argparse.Namespace) -> Plan:
+    """The full or the quick one, with what was asked for in its place; all that is wrong at once."""
+    plan = QUICK if args.quick else FULL
+    changed = {
+        "contexts": args.contexts, "batches": args.batches, "experts": args.experts,
+        "new_tokens": args.new_tokens, "rounds": args.rounds,
+    }  # fmt: skip
+    given = {name: value for name, value in changed.items() if value is not None}
+    problems = [
+        InputError(f"--{name.replace('_', '-')}", got=str(value), need=f"at least {least}")
+        for name, value in given.items()
+        if (least := 3 if name == "new_tokens" else 1) > (min(value) if isinstance(value, list) else value)
+    ]
+    raise_all("options", problems)
+    numbers = {n: tuple(sorted(set(v))) if isinstance(v, list) else v for n, v in given.items()}
+    plan = replace(plan, **numbers)
+    if plan.usual_experts not in plan.experts:
+        plan = replace(plan, usual_experts=plan.experts[0])
+    if plan.usual_context not in plan.contexts:
+        plan = replace(plan, usual_context=plan.contexts[-1])
+    return plan
+
+
+def subjects_from(names: Sequence[str] | None) -> tuple[Subject, ...]:
+    """All, or those of these names."""
+    if names is None:
+        return SUBJECTS
+    known = {subject.name: subject for subject in SUBJECTS}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise InputError("--only", got=", ".join(map(repr, unknown)), need=f"some of: {', '.join(known)}")
+    return tuple(subject for subject in SUBJECTS if subject.name in names)
+
+
+def sizes_from(words: Sequence[str]) -> tuple[str, ...]:
+    """Options of make_large.py from NAME=N."""
+    options: list[str] = []
+    for word in words:
+        name, _, number = word.partition("=")
+        if name not in SIZES or not number.isdigit():
+            raise InputError("--sizes", got=repr(word), need=f"NAME=N with a name of: {', '.join(SIZES)}")
+        options += [f"--{name}", number]
+    return tuple(options)
+
+
+def require_threads(threads: int) -> None:
+    """At least one."""
+    if threads < 1:
+        raise InputError("--threads", got=str(threads), need="at least 1")
 
 
 @contextmanager
-def our_passes(bundle: Path) -> Iterator[tuple[Model, dict[str, Callable[[], Passes]]]]:
-    """The dynamic graph's model, and by name what opens a batch of one; all freed at the end."""
-    dynamic, plain = load(bundle, graph="dynamic", threads=2), load(bundle, graph="static", threads=2)
-    manifest = open_bundle(bundle, check_digests=False).manifest
-    base, gate = routing_for(manifest, dynamic.graph, {}), routing_for(manifest, dynamic.graph, None)
+def models_folder(args: argparse.Namespace) -> Iterator[Path]:
+    """The one asked for, else one that is gone in the end; beside the environments, where there is room."""
+    args.environments = args.environments.resolve()
+    args.environments.mkdir(parents=True, exist_ok=True)
+    if args.models:
+        yield args.models.resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="models-", dir=args.environments) as folder:
+        yield Path(folder).resolve()
+
+
+def model_setting(models: Models, plan: Plan) -> dict[str, Any]:
+    """What the page says of the model; refused if it is too short for the longest case."""
     try:
-        yield (
-            dynamic,
-            {
-                "exact": lambda: ExactPasses(dynamic.session, [gate]),
-                "base in dynamic": lambda: ExactPasses(dynamic.session, [base]),
-                "plain base": lambda: ExactPasses(plain.session, [Routing(None)]),
-            },
-        )
-    finally:
-        dynamic.session.close()
-        plain.session.close()
-
-
-def our_subjects(model: Model, opened: dict[str, Callable[[], Passes]]) -> dict[str, Subject]:
-    """Everything of ours that is timed."""
-    decode = {
-        f"decode {name} @{length}": decode_subject(opener, prompt(model, length))
-        for name, opener in opened.items()
-        for length in CONTEXTS
-    }
-    prefill = {
-        f"prefill {name} {PREFILL}": prefill_subject(opener, prompt(model, PREFILL)) for name, opener in opened.items()
-    }
-    return decode | prefill
-
-
-def peft_subjects(peft: Peft, model: Model) -> dict[str, Subject]:
-    """The same of PEFT."""
-    decode = {f"decode PEFT @{length}": peft.decode_subject(prompt(model, length)) for length in CONTEXTS}
-    return decode | {f"prefill PEFT {PREFILL}": peft.prefill_subject(prompt(model, PREFILL))}
-
-
-def agreement(bundle: Path, peft: Peft) -> bool:
-    """Whether both say the same."""
-    with our_passes(bundle) as (model, opened):
-        ids = prompt(model, 32)
-        return greedy(opened["exact"](), ids, 8) == peft.greedy(ids, 8)
-
-
-def prompt(model: Model, length: int) -> np.ndarray:
-    """Seeded ids [1, length]."""
-    return np.random.default_rng(SEED).integers(3, model.vocab_size, (1, length))
-
-
-def decode_subject(opener: Callable[[], Passes], ids: np.ndarray) -> Subject:
-    """ms per token over STEPS cached steps after the prompt; the prefill is not timed."""
-
-    def sample() -> float:
-        passes, one = opener(), np.array([1])
-        token = passes.forward(ids, np.array([ids.shape[1]])).argmax(-1)[:, None]
-        token = passes.forward(token, one).argmax(-1)[:, None]  # the first step binds memory
-        started = time.perf_counter()
-        for _ in range(STEPS):
-            token = passes.forward(token, one).argmax(-1)[:, None]
-        return (time.perf_counter() - started) / STEPS * 1e3
-
-    return sample
-
-
-def prefill_subject(opener: Callable[[], Passes], ids: np.ndarray) -> Subject:
-    """ms to the first token."""
-
-    def sample() -> float:
-        passes = opener()
-        started = time.perf_counter()
-        passes.forward(ids, np.array([ids.shape[1]]))
-        return (time.perf_counter() - started) * 1e3
-
-    return sample
-
-
-def greedy(passes: Passes, ids: np.ndarray, count: int) -> list[int]:
-    """The first `count` tokens."""
-    tokens = [int(passes.forward(ids, np.array([ids.shape[1]]))[0].argmax())]
-    while len(tokens) < count:
-        tokens.append(int(passes.forward(np.array([[tokens[-1]]]), np.array([1]))[0].argmax()))
-    return tokens
-
-
-class Peft:
-    """PEFT X-LoRA as its users run it: `generate`, which recomputes everything for every token."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        import torch
-        from peft import PeftConfig, PeftModel
-        from transformers import AutoModelForCausalLM
-
-        torch.set_num_threads(2)
-        self.torch = torch
-        base = AutoModelForCausalLM.from_pretrained(checkpoint / "base", dtype=torch.float32)
-        base.config.use_cache = False
-        config = PeftConfig.from_pretrained(str(checkpoint / "xlora"))
-        config.adapters = {k: str((checkpoint / "xlora" / v).resolve()) for k, v in config.adapters.items()}
-        self.model = PeftModel.from_pretrained(base, str(checkpoint / "xlora"), config=config).eval()
-
-    def _generate(self, ids: np.ndarray, count: int) -> list[int]:
-        with self.torch.no_grad():
-            out = self.model.generate(
-                input_ids=self.torch.from_numpy(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False
-            )
-        return out[0, ids.shape[1] :].tolist()
-
-    def greedy(self, ids: np.ndarray, count: int) -> list[int]:
-        return self._generate(ids, count)
-
-    def decode_subject(self, ids: np.ndarray) -> Subject:
-        """ms per token of `generate` at this length: two tokens, averaged."""
-
-        def sample() -> float:
-            started = time.perf_counter()
-            self._generate(ids, 2)
-            return (time.perf_counter() - started) / 2 * 1e3
-
-        return sample
-
-    def prefill_subject(self, ids: np.ndarray) -> Subject:
-        def sample() -> float:
-            started = time.perf_counter()
-            self._generate(ids, 1)
-            return (time.perf_counter() - started) * 1e3
-
-        return sample
-
-
-def measure(bundle: Path, peft: Peft | None, rounds: int, console: Console) -> dict[str, Series]:
-    """All subjects in turn, round by round, after a warm-up.
-
-    Ours are loaded anew for each round, since where the weights come to lie in memory moves a step by a tenth, and
-    sampled several times, since they are cheap.
-    """
-    series: dict[str, Series] = {}
-    for number in range(rounds):
-        console.print(f"round {number + 1} of {rounds}", highlight=False)
-        with our_passes(bundle) as (model, opened):
-            ours = our_subjects(model, opened)
-            theirs = peft_subjects(peft, model) if peft else {}
-            warm_up = [*ours.values(), *theirs.values()] if number == 0 else [*ours.values()]
-            for subject in warm_up:
-                subject()
-            for name, subject in [*ours.items()] * OURS_PER_ROUND + [*theirs.items()]:
-                series.setdefault(name, Series()).samples.append(subject())
-    return series
-
-
-def ratios(series: dict[str, Series]) -> dict[str, float]:
-    """The promised ones; above 1 means as described."""
-
-    def of(a: str, b: str) -> float | None:
-        return series[a].median / series[b].median if a in series and b in series else None
-
-    wanted = {
-        **{f"exact is faster than PEFT @{n}": of(f"decode PEFT @{n}", f"decode exact @{n}") for n in CONTEXTS},
-        "exact costs x plain base @64": of("decode exact @64", "decode plain base @64"),
-        "base in dynamic costs x plain base @64": of("decode base in dynamic @64", "decode plain base @64"),
-        "prefill is faster than PEFT": of(f"prefill PEFT {PREFILL}", f"prefill exact {PREFILL}"),
-    }
-    return {name: value for name, value in wanted.items() if value is not None}
-
-
-def machine() -> dict[str, object]:
-    """What the figures were measured on."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    packages = ("onnxruntime", "torch", "transformers", "peft", "numpy")
+        config = json.loads((models.path("checkpoint") / "base" / "config.json").read_text())
+    except LayoutError as error:
+        raise InputError("the model cannot be made", where="--sizes", got=str(error)) from error
+    needed = max(*plan.contexts, plan.usual_context) + plan.new_tokens
+    if needed > config["max_position_embeddings"]:
+        got, most = f"{needed} positions with the new tokens", config["max_position_embeddings"]
+        raise InputError("--contexts", got=got, need=f"at most {most}", fix="--sizes positions=N, or shorter contexts")
     return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": len(names),
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in packages},
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-    }
+        "hidden": config["hidden_size"], "blocks": config["num_hidden_layers"], "vocabulary": config["vocab_size"],
+    }  # fmt: skip
 
 
-def show(result: dict[str, object]) -> None:
-    """Two tables on stdout."""
-    console = Console()
-    table = Table("measure", "median ms", "min", "max", title="per token (decode) or in all (prefill), batch 1, fp32")
-    for name, s in result["series"].items():  # type: ignore[attr-defined]
-        table.add_row(name, *(f"{s[key]:.1f}" for key in ("median_ms", "min_ms", "max_ms")))
-    console.print(table)
-    table = Table("ratio", "value")
-    for name, value in result["ratios"].items():  # type: ignore[attr-defined]
-        table.add_row(name, f"{value:.2f}x")
-    console.print(table)
-    console.print(result["machine"], result["agreement"])
-    built = result["build"]
-    console.print(f"build: {built['total_seconds']:.0f} s, peak {built['peak_bytes']}", highlight=False)  # type: ignore[index]
+def reads_by_subject(run: Run) -> dict[tuple[str, int], Any]:
+    """For all that were loaded."""
+    by_name = {subject.name: subject for subject in run.subjects}
+    return {(name, n): reads_of(by_name[name], run.models[n]) for name, n in run.results.loaded}
+
+
+def builds(models: dict[int, Models]) -> dict[int, Any]:
+    """Seconds and peak memory of our builds; their notes name folders of this machine."""
+    logs = {n: some.folder / "bundle" / "build.json" for n, some in models.items()}
+    texts = {n: json.loads(log.read_text()) for n, log in logs.items() if log.exists()}
+    return {n: {name: text[name] for name in ("seconds", "peak_bytes")} for n, text in texts.items()}
+
+
+def tell(line: str) -> None:
+    """Progress, apart from the page."""
+    print(f"bench: {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
