@@ -42,7 +42,7 @@ ROUNDS, STEPS = 7, 40
 def main() -> None:
     """Build, measure in alternating rounds, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("docs/hot-bench.md.))
+    parser.add_argument("--out", type=Path, default=Path("docs/hot-bench.md"))
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
