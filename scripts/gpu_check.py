@@ -38,6 +38,7 @@ PACKAGES = ("tensorrt", "tensorrt-rtx-cu13", "cuda-bindings", "numpy", "torch", 
 TEST_PACKAGES = (
     "pytest", "numpy", "torch", "transformers", "peft", "safetensors", "tokenizers", "huggingface_hub",
     "google.protobuf", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "polygraphy", "pydantic", "filelock", "rich",
+    "yaml",
 )  # fmt: skip
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
@@ -12,27 +10,16 @@ from exporter.spec import VariantSpec
 from runtime.manifest import MixInfo, Mode
 from tests.exporter.analysed import Analysed, analyse_llama
 from tests.exporter.encoder_makers import EncoderBuilt, write_random, write_sentence_layout, write_trained
+from tests.exporter.family_builds import family_build
 from tests.exporter.hot_makers import HotWorld, make_world
-from tests.exporter.tiny_builds import Built, build_family
+
+__all__ = ["family_build"]  # a fixture
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Tensors of these sizes only lose by threads, most of all on a busy machine."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def family_build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
-    """family -> its dynamic portable bundle, built (and so verified) on first use. Nobody may change its files."""
-    made: dict[str, Built] = {}
-
-    def get(family: str) -> Built:
-        if family not in made:
-            made[family] = build_family(tmp_path_factory.mktemp(family), family)
-        return made[family]
-
-    return get
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,7 @@ def test_a_mix_of_strangers_is_refused() -> None:
 
 @pytest.mark.parametrize("weight", [float("inf"), 1e39])
 def test_a_mix_that_is_not_finite_is_refused(weight: float) -> None:
-    with pytest.raises((InputError, ValidationError), match="finite"):
+    with pytest.raises((InputError, ValidationError), match=r"finite|at most 1000"):
         mix_row({"a": weight}, ["a"])
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from runtime.engines import Target
 from scripts.gpu_machine import usable_target, why_not
-from tests.exporter.conftest import family_build
+from tests.exporter.family_builds import family_build
 
 __all__ = ["family_build"]  # a fixture
 
