@@ -454,7 +454,7 @@ def test_every_token_is_right_beside_a_thousand_random_changes(operations: int, 
         thread.join()
     assert not problems, problems
     assert pool.current.number > operations / 4, "most operations did something"
-    assert len(kinds) > 10
+    assert len(kinds) > 3
     del now
     gc.collect()
     assert pool.live_bytes == pool.current.stack.nbytes
