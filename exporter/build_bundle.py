@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from exporter.checkpoints import staged_lora
 from exporter.describe import describe
 from exporter.external_data import check_external_data
 from exporter.graph_exports import export_graphs, static_rows
@@ -23,6 +22,7 @@ from exporter.publish import publish, stage
 from exporter.rounding import require_half_range, require_rounded, round_model
 from exporter.saved_adapter import save_adapter
 from exporter.spec import BuildSpec, DType
+from exporter.staged_folder import staged_folder
 from exporter.tokenizer import load_tokenizer, write_tokenizer
 from exporter.variants import static_variants
 from exporter.verify import LOGITS_LIMIT
@@ -50,7 +50,7 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
         out = spec.out or default_out(spec, inputs)
         require_apart(spec, inputs, out)
         with ExitStack() as stages:
-            adapter = stages.enter_context(staged_lora(spec.save_adapter)) if spec.save_adapter else None
+            adapter = stages.enter_context(staged_folder(spec.save_adapter)) if spec.save_adapter else None
             estimate = estimate_bytes(spec, inputs)
             staged = stages.enter_context(stage(out, overwrite=spec.overwrite, estimate_bytes=estimate))
             root = staged.folder

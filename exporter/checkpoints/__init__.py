@@ -8,7 +8,7 @@ from exporter.checkpoints.base_folder import base_reference
 from exporter.checkpoints.fit import check_against_base
 from exporter.checkpoints.half_range import check_half_range, largest_update
 from exporter.checkpoints.load import load_base
-from exporter.checkpoints.save_lora import require_free, shared_base_name, staged_lora, write_lora
+from exporter.checkpoints.save_lora import require_free, shared_base_name, write_lora
 from exporter.checkpoints.shared_heads import without_shared_heads
 from exporter.checkpoints.sources import compare_sources, source_files
 
@@ -27,7 +27,6 @@ __all__ = [
     "require_free",
     "shared_base_name",
     "source_files",
-    "staged_lora",
     "without_shared_heads",
     "write_lora",
 ]

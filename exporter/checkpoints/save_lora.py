@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +16,6 @@ from exporter.checkpoints.base_folder import named_folder
 from exporter.errors import ExportError
 from runtime.adapter_folder.files import shown_path
 from runtime.adapter_folder.lora_tensors import CONFIG_NAME, KEY_PREFIX, WEIGHTS_STEM
-from runtime.errors import MachineError
-
-
-@contextmanager
-def staged_lora(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder`, which it becomes at the end, whole; after an error nothing has changed."""
-    folder = folder.resolve()
-    part, old = (folder.with_name(f".{folder.name}.{what}-{os.getpid()}") for what in ("part", "old"))
-    try:
-        with _as_machine_error(folder):
-            part.mkdir(parents=True)
-        yield part
-        with _as_machine_error(folder):
-            _put_in_place(part, folder, old)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _put_in_place(part: Path, folder: Path, old: Path) -> None:
-    if folder.exists():
-        folder.rename(old)
-    try:
-        part.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-
-
-@contextmanager
-def _as_machine_error(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise MachineError("cannot be written", where=shown_path(folder), got=error.strerror or str(error)) from error
 
 
 def write_lora(

@@ -153,7 +153,7 @@ def test_where_the_system_cannot_swap_the_old_one_steps_aside(
 ) -> None:
     out = tmp_path / "report"
     publish_report(out, analysed.report, "first", analysed.mix)
-    monkeypatch.setattr(publishing, "swap", lambda *_: False)
+    monkeypatch.setattr("exporter.staged_folder.swap", lambda *_: False)
     publish_report(out, analysed.report, "second", analysed.mix, overwrite=True)
     assert (out / "report.html").read_text() == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
