@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from tests.exporter.analysed import Analysed, analyse_llama
 from tests.exporter.encoder_makers import EncoderBuilt, write_random, write_sentence_layout, write_trained
 from tests.exporter.family_builds import family_build
 from tests.exporter.hot_makers import HotWorld, make_world
+from tests.exporter.once_a_run import once_a_run
 
 __all__ = ["family_build"]  # a fixture
 
@@ -25,13 +28,17 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def analysed(tmp_path_factory: pytest.TempPathFactory) -> Analysed:
     """A llama's bundle and its analysis. Nobody may change its files."""
-    return analyse_llama(tmp_path_factory.mktemp("analysed"))
+    return once_a_run(tmp_path_factory, "analysed", analyse_llama)
 
 
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> EncoderBuilt:
     """A BERT trained on tiny tasks: a dynamic graph with a named mix, and a static one. Nobody may change its files."""
-    folder = tmp_path_factory.mktemp("classifier")
+    return once_a_run(tmp_path_factory, "classifier", make_classifier)
+
+
+def make_classifier(folder: Path) -> EncoderBuilt:
+    """Trained and built."""
     checkpoint = write_trained(folder)
     variants = (VariantSpec("half", MixInfo(weights={"taste": 0.5, "sound": 0.25})),)
     settings = {"modes": (Mode.DYNAMIC, Mode.STATIC), "mix": {"taste": 0.7, "sound": 0.2}, "variants": variants}
@@ -41,7 +48,11 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> EncoderBuilt:
 @pytest.fixture(scope="session")
 def embedder(tmp_path_factory: pytest.TempPathFactory) -> EncoderBuilt:
     """A random sentence-transformers BERT with experts on its pooler too, and a deep layerwise gate."""
-    folder = tmp_path_factory.mktemp("embedder")
+    return once_a_run(tmp_path_factory, "embedder", make_embedder)
+
+
+def make_embedder(folder: Path) -> EncoderBuilt:
+    """Written and built."""
     checkpoint = write_random(folder, blocks=2, xlora_depth=2, scaling_pass_value=0.3, softmax_temperature=0.8)
     write_sentence_layout(checkpoint.base)
     return EncoderBuilt(checkpoint, build(checkpoint.spec(out=folder / "bundle")))
@@ -50,4 +61,4 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> EncoderBuilt:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> HotWorld:
     """A bundle whose adapters are inputs, with folders to load. Nobody may change its files."""
-    return make_world(tmp_path_factory.mktemp("hot"))
+    return once_a_run(tmp_path_factory, "hot", make_world)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.exporter.once_a_run import once_a_run
 from tests.exporter.tiny_builds import Built, build_family
 
 
@@ -16,7 +17,7 @@ def family_build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bu
 
     def get(family: str) -> Built:
         if family not in made:
-            made[family] = build_family(tmp_path_factory.mktemp(family), family)
+            made[family] = once_a_run(tmp_path_factory, family, lambda folder: build_family(folder, family))
         return made[family]
 
     return get

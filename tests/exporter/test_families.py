@@ -33,6 +33,7 @@ from tests.exporter.mutations import (
 from tests.exporter.tiny_builds import (
     FAMILIES,
     Built,
+    assert_lints,
     assert_wide_margin,
     build_family,
     failed,
@@ -65,6 +66,12 @@ def test_portable_graph_is_the_reference(family: str, family_build: Build) -> No
     assert report.adapters_matter > 0.5
     assert report.prefill_positions / report.prompts > 8, "prompts must be longer than the sliding windows"
     assert report.decode_steps >= report.prompts * 15
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_portable_graphs_pass(family: str, family_build: Build) -> None:
+    """TensorRT's operators, as far as they can be known without it."""
+    assert_lints(ir.load(family_build(family).bundle.root / "dynamic.onnx"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,14 @@ import torch
 
 from exporter.errors import ExportError
 from exporter.graph_exports import export_graphs
-from exporter.op_lint import Finding, inlined_and_typed, lint, require_lintable
+from exporter.op_lint import Finding, lint, require_lintable
 from exporter.op_restrictions import CHECKS, UNDECIDABLE
 from exporter.op_table import operator_table
 from exporter.rounding import round_model
 from exporter.spec import CacheChoice, DType
 from runtime.manifest import Emit, Mode
 from tests.exporter.tiny_builds import (
-    FAMILIES,
-    Built,
+    assert_lints,
     write_checkpoint,
 )
 
@@ -405,16 +403,7 @@ def test_the_error_names_every_operator_and_says_what_it_rests_on() -> None:
     require_lintable(graph("y = Abs(x)"), "dynamic")
 
 
-def assert_passes(model: ir.Model) -> None:
-    """No finding, and none for want of a type."""
-    assert lint(model) == ()
-    values = [value for node in inlined_and_typed(model).graph.all_nodes() for value in node.outputs]
-    assert [value.name for value in values if value.dtype is None or value.shape is None] == []
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_portable_graphs_pass(family: str, family_build: Callable[[str], Built]) -> None:
-    assert_passes(ir.load(family_build(family).bundle.root / "dynamic.onnx"))
+# test_families.py and test_decoders.py have the portable graphs of all families.
 
 
 def exported(folder: Path, family: str = "llama", **settings: Any) -> list[ir.Model]:
@@ -437,7 +426,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("settings", OTHERS.values(), ids=OTHERS.keys())
 def test_other_portable_graphs_pass(settings: dict[str, Any], tmp_path: Path) -> None:
     [model] = exported(tmp_path, **settings)
-    assert_passes(model)
+    assert_lints(model)
 
 
 def test_a_modern_graph_fails_by_the_names_of_its_operators(tmp_path: Path) -> None:

@@ -116,7 +116,13 @@ def test_weights_lie_as_the_kernels_read_them(fused: Bundle) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"emit": Emit.MODERN}, {"dtype": DType.FLOAT16}, {"dtype": DType.BFLOAT16}], ids=str
+    "settings",
+    [
+        {"emit": Emit.MODERN},
+        {"dtype": DType.FLOAT16},
+        pytest.param({"dtype": DType.BFLOAT16}, marks=pytest.mark.long),
+    ],
+    ids=str,
 )
 def test_every_emit_and_dtype(spec: BuildSpec, tmp_path: Path, settings: dict[str, Any]) -> None:
     bundle = build(replace(spec, gate_op=PLUGIN, site_op=PLUGIN, out=tmp_path / "bundle", **settings))

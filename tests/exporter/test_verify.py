@@ -254,7 +254,10 @@ def alter_first_byte(exported: Exported, name: str) -> Callable[[], None]:
 
 @pytest.mark.parametrize(
     ("dtype", "modes"),
-    [(DType.FLOAT16, (Mode.DYNAMIC, Mode.STATIC)), (DType.BFLOAT16, (Mode.DYNAMIC,))],
+    [
+        (DType.FLOAT16, (Mode.DYNAMIC, Mode.STATIC)),
+        pytest.param(DType.BFLOAT16, (Mode.DYNAMIC,), marks=pytest.mark.long),
+    ],
     ids=["float16", "bfloat16"],
 )
 def test_rounded_build(dtype: DType, modes: tuple[Mode, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from exporter.adapters import AdapterSet, Expert
 from exporter.build_bundle import build
 from exporter.checkpoints import describe_base, read_adapters
 from exporter.inputs import Inputs
+from exporter.op_lint import inlined_and_typed, lint
 from exporter.parts import Parts, load_parts, make_verification
 from exporter.reference import Reference
 from exporter.spec import AdapterSource, BuildSpec, CacheChoice
@@ -235,6 +236,13 @@ def difference(a: Any, b: Any) -> float:
 def shown(checks: Sequence[Any]) -> str:
     """Checks as one readable line, for assertion messages."""
     return "; ".join(f"{check.name} {check.value:.3g}/{check.limit:g} {check.where}" for check in checks)
+
+
+def assert_lints(model: ir.Model) -> None:
+    """No finding, and none for want of a type."""
+    assert lint(model) == ()
+    values = [value for node in inlined_and_typed(model).graph.all_nodes() for value in node.outputs]
+    assert [value.name for value in values if value.dtype is None or value.shape is None] == []
 
 
 def assert_named_dimensions(bundle: Bundle) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import lzma
 import os
+import pickle
 import subprocess
 import sys
 import tarfile
@@ -36,6 +37,7 @@ def pinned(package: str) -> str:
     return next(line.split("==")[1] for line in lines if line.startswith(f"{package}=="))
 
 
+@pytest.mark.long
 def test_the_sources_compile_to_the_archive(cubins: Cubins, tmp_path: Path) -> None:
     """Compiled anew, all of them: equal bytes."""
     environment = os.environ | {
@@ -52,6 +54,32 @@ def test_the_sources_compile_to_the_archive(cubins: Cubins, tmp_path: Path) -> N
     ]
     assert all(ours.data == theirs.data for ours, theirs in zip(again.cubins, cubins.cubins, strict=True))
     assert again == cubins
+
+
+SAMPLE = """
+import sys, pickle
+from plugins.compile import compile_one, table
+rows = [row for row in table() if row[1] == "float16" and row[2] == 0 and row[3] == sys.argv[1]]
+sys.stdout.buffer.write(pickle.dumps([compile_one(*row) for row in rows]))
+"""
+
+
+def test_a_sample_of_the_archive_is_compiled_anew(cubins: Cubins, tmp_path: Path) -> None:
+    """Each kernel once; the long test compiles them all."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{TRITON}", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-P", "-c", SAMPLE, "8.7"]
+    run = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert run.returncode == 0, run.stderr
+    again = pickle.loads(run.stdout)
+    assert {cubin.kernel for cubin in again} == set(KERNELS)
+    for cubin in again:
+        [ours] = (
+            each
+            for each in cubins.cubins
+            if (each.kernel, each.dtype, each.constants, each.architecture)
+            == (cubin.kernel, cubin.dtype, cubin.constants, cubin.architecture)
+        )
+        assert ours == cubin
 
 
 def test_every_launch_has_its_kernel(cubins: Cubins) -> None:
