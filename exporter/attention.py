@@ -27,9 +27,15 @@ class CacheState:
     """
 
     def __init__(
-        self, past: Sequence[torch.Tensor], lengths: torch.Tensor | None, tokens: int, style: CacheStyle
+        self,
+        past: Sequence[torch.Tensor],
+        lengths: torch.Tensor | None,
+        tokens: int,
+        style: CacheStyle,
+        blocks: Sequence[int] = (),  # which ones `past` is of; none: all
     ) -> None:
         self.past = past  # per block: keys, values [B, Hkv, C, D]
+        self._places = {block: place for place, block in enumerate(blocks)}
         self.lengths = lengths  # [B]
         self.tokens = tokens  # S
         self.style = style
@@ -42,10 +48,16 @@ class CacheState:
         """Called by the model with the new K/V [B, Hkv, S, D]; returns what its attention is to see."""
         if self.style is CacheStyle.ALIAS:
             assert self.lengths is not None
-            key = _tensor_scatter(self.past[2 * block], key, self.lengths)
-            value = _tensor_scatter(self.past[2 * block + 1], value, self.lengths)
+            past_key, past_value = self.of_block(block)
+            key = _tensor_scatter(past_key, key, self.lengths)
+            value = _tensor_scatter(past_value, value, self.lengths)
         self.present += [key, value]
         return key, value
+
+    def of_block(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A block's past keys and values."""
+        place = 2 * self._places.get(block, block)
+        return self.past[place], self.past[place + 1]
 
     def get_seq_length(self, *_: Any) -> int:
         """For OPT, which counts positions by it; the traced model is always given them."""
@@ -100,8 +112,8 @@ def cached_attention(
         return _attention_op(query, key, value, allowed, scaling), None
     keys, values = [key], [value]
     if cache_state.style is CacheStyle.APPEND:
-        block = 2 * int(module.layer_idx)  # type: ignore[arg-type]
-        keys, values = [cache_state.past[block], key], [cache_state.past[block + 1], value]
+        past_key, past_value = cache_state.of_block(int(module.layer_idx))  # type: ignore[arg-type]
+        keys, values = [past_key, key], [past_value, value]
     return _split_attention(query, keys, values, allowed, scaling, softcap), None
 
 

@@ -22,6 +22,8 @@ from runtime.errors import UserError
 from runtime.routers import RouterInfo
 from runtime.signature import CacheStyle
 
+MODEL = "model"  # the attribute that holds the Hugging Face model in the traced one
+
 
 class PickingHead(nn.Module):
     """Stands where lm_head stood: leaves the hidden state for the gate, computes logits for picked positions only."""
@@ -56,6 +58,7 @@ class TracedModel(nn.Module):
         self.state = state
         self.cache = cache
         self.hot = hot  # names of the adapter inputs
+        self.blocks: Sequence[int] = ()  # those that `past` is of, where some stand for all
 
     def forward(
         self,
@@ -75,7 +78,7 @@ class TracedModel(nn.Module):
         self.state.adapters = dict(zip(self.hot, adapters, strict=True))
         if self.columns is not None and scalings is not None:
             self.state.columns = self.columns(scalings)
-        cache = CacheState(past, cache_lengths, input_ids.shape[1], self.cache)
+        cache = CacheState(past, cache_lengths, input_ids.shape[1], self.cache, self.blocks)
         logits = self.model(
             input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True, cache_state=cache
         ).logits

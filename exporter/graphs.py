@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from exporter.dynamic import TracedModel, refusing_untraceable, traced_model
+from exporter.blocks import find_blocks, of_blocks, only_traced
+from exporter.dynamic import MODEL, TracedModel, refusing_untraceable, traced_model
 from exporter.encoder import TracedEncoder, traced_encoder
 from exporter.gate import Gate
 from exporter.gated import DoraModule, Down, GatedModule, PluginModule
 from exporter.merges.merge import SiteMerge
+from exporter.passes.instantiate_blocks import InstantiateBlocksPass
 from exporter.passes.pipeline import run_passes
 from exporter.sites import Site
 from exporter.spec import OpChoice
@@ -64,12 +66,13 @@ def export_graph(model: PreTrainedModel, plan: GraphPlan, store: WeightStore) ->
     base_names = {id(parameter): name for name, parameter in model.named_parameters()}
     with refusing_untraceable(model, f"graph {plan.name}"), traced_as(model, plan) as traced:
         weights = named_weights(base_names, traced)
-        graph = trace(traced, plan.signature, OPSETS[plan.emit])
-    tensors = {name: weight_from_tensor(plan.partners.get(name, name), tensor) for name, tensor in weights.values()}
-    tensors |= {name: weight for name, weight in plan.changed.items() if name in tensors}
-    names = {traced_name: name for traced_name, (name, _) in weights.items()}
-    lie_upright = {name for name, weight in tensors.items() if weight.name in store.stored}
-    run_passes(graph, names, {name: f"{name}{TRANSPOSED}" for name in tensors if name not in lie_upright}, plan.emit)
+        tensors = {name: weight_from_tensor(plan.partners.get(name, name), tensor) for name, tensor in weights.values()}
+        tensors |= {name: weight for name, weight in plan.changed.items() if name in tensors}
+        names = {traced_name: name for traced_name, (name, _) in weights.items()}
+        lie_upright = {name for name, weight in tensors.items() if weight.name in store.stored}
+        graph, blocks = traced_blocks(traced, plan, names, lie_upright)
+    transposes = {name: f"{name}{TRANSPOSED}" for name in tensors if name not in lie_upright}
+    run_passes(graph, names, transposes, plan.emit, blocks)
     read = initializers(graph, tensors)
     base = frozenset(base_names.values())
     store.write("base", [weight for name, weight in read.values() if name in base and name not in plan.changed])
@@ -82,6 +85,25 @@ def export_graph(model: PreTrainedModel, plan: GraphPlan, store: WeightStore) ->
     graph.graph.name = plan.name
     ir.save(graph, store.root / f"{plan.name}.onnx")
     return graph
+
+
+def traced_blocks(
+    traced: TracedModel | TracedEncoder, plan: GraphPlan, names: Mapping[str, str], lie_upright: Collection[str]
+) -> tuple[ir.Model, InstantiateBlocksPass | None]:
+    """The trace, of one block of each kind where there are several of one, and then the pass that makes the others.
+
+    `names`: traced name of a parameter -> ours; `lie_upright`: ours of those that are stored as they are.
+    """
+    opset, blocks = OPSETS[plan.emit], None
+    if isinstance(traced, TracedModel) and not traced.hot:
+        own = {name.removeprefix(f"{MODEL}."): ours for name, ours in names.items()}
+        blocks = find_blocks(traced.model, own, lambda name: (name in lie_upright, name in plan.changed))
+    if blocks is None or not isinstance(traced, TracedModel):
+        return trace(traced, plan.signature, opset), None
+    copies = InstantiateBlocksPass(blocks.copies(), plan.signature)
+    with only_traced(blocks):
+        traced.blocks = blocks.traced
+        return trace(traced, of_blocks(plan.signature, blocks.traced), opset), copies
 
 
 def traced_as(

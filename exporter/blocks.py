@@ -1,0 +1,187 @@
+"""One block of each kind is traced, the others are made of it (`InstantiateBlocksPass`): depth costs no tracing.
+
+Blocks are of one kind when their modules, their parameters' shapes and what the store holds of these are alike.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from exporter.passes.instantiate_blocks import MARK_DOMAIN, MARKS, BlockCopies
+from runtime.signature import Signature, past_names
+
+OWN = {"layer_idx", "number", "path", "training"}  # what tells blocks of one kind apart
+PLAIN = (bool, int, float, str, type(None), torch.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """A model's blocks, each with the first block of its kind."""
+
+    model: PreTrainedModel
+    path: str  # of their list
+    first: tuple[int, ...]  # per block
+
+    @property
+    def traced(self) -> tuple[int, ...]:
+        """The blocks that stand for all."""
+        return tuple(sorted(set(self.first)))
+
+    def copies(self) -> BlockCopies:
+        """What the pass needs to know."""
+        blocks = _list(self.model, self.path)
+        numbers = [
+            dict(zip(_numbers(blocks[first]), _numbers(block), strict=True))
+            for first, block in zip(self.first, blocks, strict=True)
+        ]
+        return BlockCopies(self.path, self.first, tuple(numbers))
+
+
+def find_blocks(model: PreTrainedModel, names: Mapping[str, str], known_of: Callable[[str], Hashable]) -> Blocks | None:
+    """The blocks of a model with its gated modules in place; None where no two are of one kind, or they are not a list.
+
+    `names`: a parameter's name in the model -> ours; `known_of`: what has to be alike besides, by our name.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):  # GPT-2: a factor that no attribute shows
+        return None
+    count = config.num_hidden_layers
+    lists = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and name
+    ]
+    if not lists:
+        return None
+    path = min(lists, key=lambda name: (name.count("."), name))
+    owners = Counter(
+        owner
+        for owner in {
+            (id(parameter), name[: name.index(".", len(path) + 1)] if name.startswith(f"{path}.") else "")
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+        }
+    )
+    shared = {key for key, times in Counter(key for key, _ in owners).items() if times > 1}
+    first: list[int] = []
+    kinds: dict[Hashable, int] = {}
+    types = getattr(config, "layer_types", None)
+    for number, block in enumerate(_list(model, path)):
+        prefix = f"{path}.{number}."
+        is_apart = any(id(parameter) in shared for parameter in block.parameters()) or any(
+            not names[prefix + name].startswith(prefix) for name, _ in block.named_parameters(remove_duplicate=False)
+        )
+        kind = (
+            number if is_apart else None,
+            types[number] if types else None,
+            _shape(block, lambda name, prefix=prefix: known_of(names[prefix + name])),  # type: ignore[misc]
+        )
+        first.append(kinds.setdefault(kind, number))
+    return Blocks(model, path, tuple(first)) if len(kinds) < len(first) else None
+
+
+@contextmanager
+def only_traced(blocks: Blocks) -> Iterator[None]:
+    """Leave one block of each kind in the model, its hidden state marked where it enters and leaves."""
+    modules, config = _list(blocks.model, blocks.path), blocks.model.config.get_text_config()
+    types = getattr(config, "layer_types", None)
+    with ExitStack() as undo:
+        for number in blocks.traced:
+            handles = (
+                modules[number].register_forward_pre_hook(_entry(number), with_kwargs=True),
+                modules[number].register_forward_hook(_exit(number)),
+            )
+            for handle in handles:
+                undo.callback(handle.remove)
+        if types:
+            undo.callback(setattr, config, "layer_types", types)
+            config.layer_types = [types[number] for number in blocks.traced]
+        everything = dict(modules._modules)
+        undo.callback(modules._modules.update, everything)
+        undo.callback(modules._modules.clear)
+        undo.callback(setattr, modules, "__class__", type(modules))
+        modules.__class__ = _Some
+        for number in set(range(len(everything))) - set(blocks.traced):
+            del modules._modules[str(number)]
+        yield
+
+
+def of_blocks(signature: Signature, blocks: Collection[int]) -> Signature:
+    """The same with the caches of these blocks only."""
+    kept = {name for block in blocks for name in past_names(block)}
+    carries = tuple(carry for carry in signature.carries if carry.input in kept)
+    dropped = {name for carry in signature.carries if carry not in carries for name in (carry.input, carry.output)}
+    inputs = tuple(spec for spec in signature.inputs if spec.name not in dropped)
+    return Signature(inputs, tuple(spec for spec in signature.outputs if spec.name not in dropped), carries)
+
+
+class _Some(nn.ModuleList):
+    """Some blocks of a list, under the names they have there."""
+
+    def __getitem__(self, place: Any) -> Any:
+        return list(self._modules.values())[place]
+
+
+def _list(model: nn.Module, path: str) -> nn.ModuleList:
+    modules = model.get_submodule(path)
+    assert isinstance(modules, nn.ModuleList)
+    return modules
+
+
+def _shape(block: nn.Module, known_of: Callable[[str], Hashable]) -> Hashable:
+    modules = tuple(
+        (
+            name,
+            type(module),
+            tuple(sorted((key, repr(value)) for key, value in vars(module).items() if _is_plain(key, value))),
+        )
+        for name, module in block.named_modules(remove_duplicate=False)
+    )
+    parameters = tuple(
+        (name, tuple(parameter.shape), parameter.dtype, known_of(name))
+        for name, parameter in block.named_parameters(remove_duplicate=False)
+    )
+    buffers = tuple((name, repr(buffer.tolist())) for name, buffer in block.named_buffers())
+    return modules, parameters, buffers
+
+
+def _is_plain(key: str, value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(isinstance(each, PLAIN) for each in value)
+    return key not in OWN and isinstance(value, PLAIN)
+
+
+def _numbers(block: nn.Module) -> list[int]:
+    """Which parts of the scalings' columns the block's sites read, in the order of its modules."""
+    return [module.number for module in block.modules() if isinstance(getattr(module, "number", None), int)]  # type: ignore[misc]
+
+
+def _entry(number: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
+    def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if inputs:
+            return (_mark(inputs[0], "in", number), *inputs[1:]), named
+        return inputs, named | {"hidden_states": _mark(named["hidden_states"], "in", number)}
+
+    return hook
+
+
+def _exit(number: int) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, torch.Tensor):
+            return _mark(output, "out", number)
+        return (_mark(output[0], "out", number), *output[1:])
+
+    return hook
+
+
+def _mark(hidden: torch.Tensor, side: str, number: int) -> torch.Tensor:
+    return torch.onnx.ops.symbolic(
+        f"{MARK_DOMAIN}::{MARKS[side]}", (hidden,), {"block": number}, dtype=hidden.dtype, shape=hidden.shape, version=1
+    )
