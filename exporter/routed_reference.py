@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from decimal import Decimal
 
 import torch
 from torch import nn
@@ -84,7 +85,8 @@ class RankSelectModule(RoutedModule):
                 for delta, v in zip(deltas, terms, strict=True)
             ]
         )
-        self.kept = math.ceil(info.keep * sum(min(*delta.a.shape, len(delta.b)) for delta in deltas))
+        count = sum(min(*delta.a.shape, len(delta.b)) for delta in deltas)
+        self.kept = math.ceil(Decimal(str(info.keep)) * count)
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         if self.kind is SiteKind.EMBEDDING:

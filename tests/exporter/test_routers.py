@@ -166,9 +166,16 @@ def test_equals_of_the_last_kept_are_kept() -> None:
     assert strongest(strength, 5).tolist() == torch.ones(1, 2, 5).tolist()
 
 
-@pytest.mark.parametrize(("terms", "keep", "kept"), [(9, 0.5, 5), (10, 0.5, 5), (1, 0.01, 1), (7, 1, 7), (7, 0.99, 7)])
+@pytest.mark.parametrize(
+    ("terms", "keep", "kept"),
+    [(9, 0.5, 5), (10, 0.5, 5), (1, 0.01, 1), (7, 1, 7), (7, 0.99, 7), (30, 0.1, 3), (100, 0.07, 7), (30, 0.1001, 4)],
+)
 def test_the_share_is_rounded_up_as_in_merges(terms: int, keep: float, kept: int) -> None:
+    """In floats 0.1 * 30 and 0.07 * 100 are more than 3 and 7; the oracle counts them apart."""
     assert kept_of(terms, keep) == kept
+    delta = LoraDelta(torch.ones(terms, terms), torch.ones(terms, terms), 1.0)
+    module = RankSelectModule(linear(), SiteKind.LINEAR, [delta], RankSelectInfo(keep=float(keep)))
+    assert module.kept == kept
 
 
 # --- arrow ---------------------------------------------------------------------------------------
