@@ -281,3 +281,5 @@ def test_only_what_follows_a_tie_is_not_compared() -> None:
         assert before_tie(other, expected) == compared
         assert before_tie(other, ReferenceResult(logits, None)) == 5
     assert before_tie(logits + 1e-6, expected) == 5
+    close = ReferenceResult(logits, None, torch.full((5,), 2e-4))
+    assert (router_ties(close), before_tie(logits + 0.5, close)) == ((), 5), "a close choice is still a choice"
