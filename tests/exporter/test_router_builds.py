@@ -632,7 +632,7 @@ TWO = ("math", "code")
         (TWO, [*ARROW, "--arrow-top-k", "3"], "--arrow-top-k: more experts than there are; got 3; need at most 2"),
         (TWO, [*ARROW, "--mode", "static", "--mix", "math=1"], "--router: only the dynamic graph has a router"),
         (TWO, ["--router", "xlora", "--mode", "static", "--mix", "math=1"], "--router: only the dynamic graph has"),
-        (TWO, [*ARROW, "--arrow-temperature", "1e-40"], "--arrow-temperature: is refused; got 1e-40; need greater than"),
+        (TWO, [*ARROW, "--arrow-temperature", "1e-40"], "--arrow-temperature: is refused; got 1e-40; need greater"),
         (TWO, [*ARROW, "--seed", f"{1 << 64}"], "--seed: is refused; got an integer of 65 bits; need less than 184467"),
         (TWO, [*SELECT, "--site-op", "plugin"], "--site-op plugin: the plugin of the sites has no router in it"),
         (("math", "dora"), ARROW, "--router arrow: dora is DoRA, whose change is not linear in its weight"),
