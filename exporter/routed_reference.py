@@ -26,6 +26,8 @@ NO_CHOICE = float("inf")  # the margin where everything is kept
 class RoutedModule(nn.Module):
     """base(x) + the routed updates of the experts that adapt it; leaves how close each token's choice was."""
 
+    keeps_equals = False  # of the last that is kept
+
     def __init__(self, base: nn.Module, kind: SiteKind, deltas: Sequence[LoraDelta]) -> None:
         super().__init__()
         self.base, self.kind, self.deltas = base, kind, deltas
@@ -48,6 +50,8 @@ class RoutedModule(nn.Module):
         last, next_one = order.values[:, count - 1], order.values[:, count]
         self.margin = ((last - next_one) / last.clamp_min(torch.finfo(last.dtype).tiny)).float()
         self.margin[last == 0] = NO_CHOICE  # all that is left is nothing
+        if self.keeps_equals:
+            return scores >= last[:, None]
         chosen = torch.zeros_like(scores, dtype=torch.bool)
         return chosen.scatter(-1, order.indices[:, :count], True)
 
@@ -74,6 +78,8 @@ class ArrowModule(RoutedModule):
 
 class RankSelectModule(RoutedModule):
     """Each expert's update as singular vectors; per token the terms with the largest |d_i (v_i . x)| are summed."""
+
+    keeps_equals = True
 
     def __init__(self, base: nn.Module, kind: SiteKind, deltas: Sequence[LoraDelta], info: RankSelectInfo) -> None:
         super().__init__(base, kind, deltas)

@@ -166,6 +166,16 @@ def test_equals_of_the_last_kept_are_kept() -> None:
     assert strongest(strength, 5).tolist() == torch.ones(1, 2, 5).tolist()
 
 
+def test_equals_are_kept_by_the_oracle_as_well() -> None:
+    """Two experts that share a module: three of their six terms, the last of which has an equal, are four."""
+    x, info, twins = inputs(), RankSelectInfo(keep=0.5), [deltas()[0]] * 2
+    experts = tuple(Expert(name, {"a": delta}, name, Path()) for name, delta in zip("pq", twins, strict=True))
+    sites = routable_sites(stack(AdapterSet(experts, None), [("a", SiteKind.LINEAR)]), info)
+    module = RankSelectModule(linear(), SiteKind.LINEAR, twins, info)
+    assert difference(update(sites[0], x, RankSelectRouter(sites, info))[:1], module.update(x[:1])) < NOISE
+    assert module.margin.max() < 1e-6, "a tie, for an engine's sums may tell the equals apart"
+
+
 @pytest.mark.parametrize(
     ("terms", "keep", "kept"),
     [(9, 0.5, 5), (10, 0.5, 5), (1, 0.01, 1), (7, 1, 7), (7, 0.99, 7), (30, 0.1, 3), (100, 0.07, 7), (30, 0.1001, 4)],
