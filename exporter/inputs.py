@@ -26,7 +26,14 @@ from exporter.model_facts import refuse_untraceable, untying_notes
 from exporter.router_choice import check_router, require_input_vectors, routed_adapters
 from exporter.spec import BuildSpec, CacheChoice, DType
 from exporter.static import mix_rows
-from exporter.variants import check_variants, require_foldable, require_switchable, row_variants, static_variants
+from exporter.variants import (
+    check_variants,
+    in_site_router,
+    require_foldable,
+    require_switchable,
+    row_variants,
+    static_variants,
+)
 from exporter.verification import EXACT
 from runtime.manifest import AdapterKind, Emit, EncoderInfo, MergeMethod, MixInfo, Mode, Task
 from runtime.mix import mix_note
@@ -48,7 +55,9 @@ def read_inputs(spec: BuildSpec) -> Inputs:
     check_spec(spec)
     adapters = AdapterSet((), None)
     if spec.adapters or spec.gate is not None or spec.hot is None:
-        adapters = read_adapters(spec.adapters, spec.gate, topk_softmax=spec.topk_softmax, cache=spec.cache)
+        has_router = in_site_router(spec) is not None
+        rule, cache = spec.topk_softmax, spec.cache
+        adapters = read_adapters(spec.adapters, spec.gate, topk_softmax=rule, cache=cache, uses_gate=not has_router)
     base = describe_base(base_reference(spec.base, adapters), spec.task)
     refuse_for_encoder(base, adapters, spec)
     refuse_untraceable(base, spec.emit)
@@ -57,13 +66,13 @@ def read_inputs(spec: BuildSpec) -> Inputs:
         adapters, shared = without_shared_heads(adapters, base)
         notes += shared
     allowed = None if spec.hot is None else hot_paths(spec.hot, adapters, base)
-    if spec.dtype is DType.FLOAT16:
-        check_half_range(adapters, largest_weights(spec))
     if Mode.DYNAMIC in spec.modes:
         require_switchable(adapters.experts)
     embeddings = {path for path, info in base.modules.items() if info.kind is ModuleKind.EMBEDDING}
     require_input_vectors(spec, adapters.experts, embeddings)
     adapters, routed = routed_adapters(spec, adapters)
+    if spec.dtype is DType.FLOAT16:  # of what a router leaves of the adapters
+        check_half_range(adapters, largest_weights(spec))
     check_variants(spec, adapters)
     touched = {path for expert in adapters.experts for path in expert.deltas}
     mixed = check_mix(spec, adapters, touched)

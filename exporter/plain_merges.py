@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ def _rank_select(used: Used, path: str, merge: MergeInfo) -> torch.Tensor:
     ]
     assert merge.keep is not None
     terms = sum(min(*delta.a.shape, len(delta.b)) for delta in used.values())
-    strongest = sorted(pool, reverse=True)[: math.ceil(merge.keep * terms)]
+    strongest = sorted(pool, reverse=True)[: math.ceil(Decimal(str(merge.keep)) * terms)]
     result = torch.zeros_like(_sum(used, path, merge))
     for (name, (_, left)), delta in zip(found.items(), _deltas(used), strict=True):
         kept = left[:, [i for _, owner, i in strongest if owner == name]]

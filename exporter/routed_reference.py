@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from decimal import Decimal
 
 import torch
 from torch import nn
@@ -24,6 +25,8 @@ NO_CHOICE = float("inf")  # the margin where everything is kept
 
 class RoutedModule(nn.Module):
     """base(x) + the routed updates of the experts that adapt it; leaves how close each token's choice was."""
+
+    keeps_equals = False  # of the last that is kept
 
     def __init__(self, base: nn.Module, kind: SiteKind, deltas: Sequence[LoraDelta]) -> None:
         super().__init__()
@@ -47,6 +50,8 @@ class RoutedModule(nn.Module):
         last, next_one = order.values[:, count - 1], order.values[:, count]
         self.margin = ((last - next_one) / last.clamp_min(torch.finfo(last.dtype).tiny)).float()
         self.margin[last == 0] = NO_CHOICE  # all that is left is nothing
+        if self.keeps_equals:
+            return scores >= last[:, None]
         chosen = torch.zeros_like(scores, dtype=torch.bool)
         return chosen.scatter(-1, order.indices[:, :count], True)
 
@@ -74,6 +79,8 @@ class ArrowModule(RoutedModule):
 class RankSelectModule(RoutedModule):
     """Each expert's update as singular vectors; per token the terms with the largest |d_i (v_i . x)| are summed."""
 
+    keeps_equals = True
+
     def __init__(self, base: nn.Module, kind: SiteKind, deltas: Sequence[LoraDelta], info: RankSelectInfo) -> None:
         super().__init__(base, kind, deltas)
         terms = [_right_vectors(delta) for delta in deltas]
@@ -84,7 +91,8 @@ class RankSelectModule(RoutedModule):
                 for delta, v in zip(deltas, terms, strict=True)
             ]
         )
-        self.kept = math.ceil(info.keep * sum(min(*delta.a.shape, len(delta.b)) for delta in deltas))
+        count = sum(min(*delta.a.shape, len(delta.b)) for delta in deltas)
+        self.kept = math.ceil(Decimal(str(info.keep)) * count)
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         if self.kind is SiteKind.EMBEDDING:

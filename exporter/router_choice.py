@@ -6,11 +6,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 import torch
+from pydantic import ValidationError
 
 from exporter.adapters import AdapterSet, Expert, LoraDelta
 from exporter.errors import ExportError
 from exporter.merges.rank_select import KEEP
 from exporter.spec import BuildSpec, OpChoice, RouterSpec
+from runtime.adapter_folder.problems import shown
 from runtime.errors import InputError, raise_all
 from runtime.manifest import AdapterKind, Mode
 from runtime.routers import ArrowInfo, RankSelectInfo, RouterInfo, RouterKind
@@ -33,12 +35,16 @@ OPTIONS: dict[RouterKind, tuple[str, ...]] = {
 def settled_router(spec: BuildSpec, adapters: AdapterSet) -> RouterInfo | None:
     """The router inside the sites of the dynamic graph, None for the gate or none; `adapters` are the routed ones."""
     router = spec.router
-    if router is None or router.kind is RouterKind.XLORA:
+    return None if router is None else _info(router, len(adapters.experts))
+
+
+def _info(router: RouterSpec, experts: int) -> RouterInfo | None:
+    if router.kind is RouterKind.XLORA:
         return None
     if router.kind is RouterKind.RANK_SELECT:
         return RankSelectInfo(keep=KEEP if router.keep is None else router.keep)
     return ArrowInfo(
-        top_k=min(TOP_K, len(adapters.experts)) if router.top_k is None else router.top_k,
+        top_k=min(TOP_K, experts) if router.top_k is None else router.top_k,
         temperature=TEMPERATURE if router.temperature is None else router.temperature,
         seed=SEED if router.seed is None else router.seed,
         general=router.general,
@@ -54,10 +60,11 @@ def check_router(spec: BuildSpec) -> None:
     if stray := [FLAGS[name] for name in given if name not in OPTIONS[router.kind]]:
         need = ", ".join(FLAGS[name] for name in OPTIONS[router.kind]) or "no options"
         raise ExportError(f"{router.kind} has no {', '.join(stray)}", where="--router", need=need)
-    if router.kind is RouterKind.XLORA:
-        return
     if Mode.DYNAMIC not in spec.modes:
         raise ExportError("only the dynamic graph has a router", where="--router", fix="add --mode dynamic")
+    if router.kind is RouterKind.XLORA:
+        return
+    _require_values(router)
     if spec.site_op is OpChoice.PLUGIN:
         raise ExportError(
             "the plugin of the sites has no router in it",
@@ -65,6 +72,26 @@ def check_router(spec: BuildSpec) -> None:
             got=f"--router {router.kind}",
             fix="leave out --site-op plugin",
         )
+
+
+def _require_values(router: RouterSpec) -> None:
+    """Refuse what no manifest may hold: shares and seeds out of their range."""
+    try:
+        _info(router, TOP_K)
+    except ValidationError as error:
+        items = error.errors(include_url=False)
+        problems: list[InputError] = [
+            ExportError(
+                "is refused", where=FLAGS[str(item["loc"][0])], got=shown(item["input"]), need=_need(item["msg"])
+            )
+            for item in items
+        ]
+        raise_all("--router", problems)
+
+
+def _need(message: str) -> str:
+    """Of pydantic's "Input should be less than 1"."""
+    return message.removeprefix("Input should be ")
 
 
 def routed_adapters(spec: BuildSpec, adapters: AdapterSet) -> tuple[AdapterSet, tuple[str, ...]]:

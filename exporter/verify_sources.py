@@ -16,6 +16,7 @@ from exporter.graph_exports import export_graphs
 from exporter.graphs import Exported
 from exporter.hot_build import initial_stack
 from exporter.inputs import read_inputs
+from exporter.merges.merge import settled
 from exporter.parts import Parts, load_parts, make_verification
 from exporter.rounding import require_rounded
 from exporter.spec import BuildSpec, CacheChoice, DType, HotSpec, RouterSpec, ScalingsChoice, VariantSpec
@@ -71,13 +72,12 @@ def spec_from_manifest(manifest: Manifest, sources: BuildSpec) -> BuildSpec:
         for graph in manifest.graphs
         if graph.mix is not None
     }
-    merges = [graph.merge for graph in manifest.graphs if graph.merge is not None]
     dynamic = next((graph for graph in manifest.graphs if graph.mode is Mode.DYNAMIC), None)
     return replace(
         sources,
         modes=tuple(dict.fromkeys(graph.mode for graph in manifest.graphs)),
         mix=folded.pop(STATIC, None),
-        merge=merges[0] if merges else MergeInfo(),
+        merge=merge_of(manifest),
         variants=(
             *named_rows(manifest),
             *(VariantSpec(name, mix, is_static=True) for name, mix in folded.items()),
@@ -101,6 +101,20 @@ def named_rows(manifest: Manifest) -> Iterator[VariantSpec]:
     for variant in manifest.variants:
         if variant.mix is not None and variant.name not in implicit:
             yield VariantSpec(variant.name, variant.mix)
+
+
+def merge_of(manifest: Manifest) -> MergeInfo:
+    """How all its static graphs were merged: a build has one method for them."""
+    static = [graph for graph in manifest.graphs if graph.mode is Mode.STATIC]
+    found = {settled(graph.merge or MergeInfo()): graph.name for graph in static}
+    if len(found) > 1:
+        raise VerifyError(
+            "its static graphs were merged in more than one way, which no build does",
+            got=", ".join(f"{name} by {merge.method}" for merge, name in found.items()),
+            need="one --merge with the same options for all",
+            code="E_VERIFY",
+        )
+    return next(iter(found), MergeInfo())
 
 
 def router_of(graph: GraphInfo) -> RouterSpec | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from runtime.command import run_command
 from runtime.encode_command import add_encode, classify, embed
-from runtime.errors import InputError
+from runtime.errors import InputError, raise_all
 
 if TYPE_CHECKING:
     from runtime.generate import GenerateOptions, Routed
@@ -146,7 +146,7 @@ def generate(args: argparse.Namespace) -> int:
 
     mix = None if args.mix is None else mix_from_word(args.mix)
     options = dataclasses.replace(_options(args), mix=mix)
-    texts = [_read(prompt) if isinstance(prompt, Path) else prompt for prompt in args.prompts]
+    texts = _texts(args.prompts)
     prompts = [Routed(text, variant) for text in texts for variant in args.variants or [None]]
     with load(
         args.bundle,
@@ -238,6 +238,19 @@ def _ids(text: str) -> tuple[int, ...]:
         return tuple(int(word) for word in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"need token ids such as 5,17,3, got {text!r}") from None
+
+
+def _texts(prompts: Sequence[str | tuple[int, ...] | Path]) -> list[str | tuple[int, ...]]:
+    """The prompts with files read; all that cannot be read are told together."""
+    texts: list[str | tuple[int, ...]] = []
+    problems: list[InputError] = []
+    for prompt in prompts:
+        try:
+            texts.append(_read(prompt) if isinstance(prompt, Path) else prompt)
+        except InputError as error:
+            problems.append(error)
+    raise_all("prompts", problems)
+    return texts
 
 
 def _read(path: Path) -> str:

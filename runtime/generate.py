@@ -11,6 +11,7 @@ from time import perf_counter
 
 import numpy as np
 
+from runtime.adapter_folder.problems import gathering
 from runtime.adapter_pool import Generation
 from runtime.errors import InputError, NumericError, raise_all
 from runtime.model import Model
@@ -108,28 +109,44 @@ def _prepare(
         raise InputError("prompts", got="one string", need="a list of prompts")
     if generation is None and model.adapters is not None:
         generation = model.adapters.current  # what all these prompts will see to their end
-    ways = _ways(model, prompts, options, generation)
-    requests = _requests(model, prompts, ways, options)
+    requests, ways = _requests(model, prompts, options, generation)
     batches = _batches(ways, options.batch_size)
     stack = generation.stack if generation else None
     return requests, (event for batch in batches for event in _run(model, requests, ways, batch, stack))
 
 
-def _ways(
+def _requests(
     model: Model, prompts: Sequence[Prompt | Routed], options: GenerateOptions, generation: Generation | None
-) -> list[_Way]:
-    """Each prompt's own way where it has one, else the options'."""
-    own = [(each.variant, each.mix) if isinstance(each, Routed) else (None, None) for each in prompts]
-    ways, problems = [], []
+) -> tuple[list[Request], list[_Way]]:
+    """Each prompt as a request, on its own way where it has one, else the options'; all that is wrong, together."""
+    asked = [each if isinstance(each, Routed) else Routed(each) for each in prompts]
+    own = [each.variant is not None or each.mix is not None for each in asked]
     loaded = generation.columns if generation else None
-    default = _way(model, options.variant, options.mix, loaded) if (None, None) in own else None
-    for number, (variant, mix) in enumerate(own):
+    requests: list[Request] = []
+    ways: list[_Way] = []
+    default: _Way | None = None
+    problems: list[InputError] = []
+    if options.stop and model.text is None:
+        problems.append(InputError("stop strings need a tokenizer, this bundle has none", fix="use stop token ids"))
+    if not all(own):
         try:
-            ways.append(default if default and variant is None and mix is None else _way(model, variant, mix, loaded))
-        except InputError as error:
-            problems.append(_in_prompt(number, error))
+            default = _way(model, options.variant, options.mix, loaded)
+        except InputError as error:  # of no prompt: it is said once
+            problems.append(error)
+    for number, (each, has_own) in enumerate(zip(asked, own, strict=True)):
+        found: list[InputError] = []
+        way = None if has_own else default
+        if has_own:
+            with gathering(found):
+                way = _way(model, each.variant, each.mix, loaded)
+        with gathering(found):
+            ids = _ids(model, each.prompt)
+            if way is not None:  # else its limits are not known
+                requests.append(_request(model, number, ids, way, options))
+                ways.append(way)
+        problems += [_in_prompt(number, problem) for problem in found]
     raise_all("prompts", problems)
-    return ways
+    return requests, ways
 
 
 def _way(model: Model, variant: str | None, mix: Mix | None, loaded: Columns | None) -> _Way:
@@ -184,29 +201,11 @@ def _padded(rows: list[tuple[int, ...]]) -> tuple[Ids, Ids]:
     return tokens, counts
 
 
-def _requests(
-    model: Model, prompts: Sequence[Prompt | Routed], ways: Sequence[_Way], options: GenerateOptions
-) -> list[Request]:
-    """All prompts as requests; what is wrong with any of them, reported together."""
-    if options.stop and model.text is None:
-        raise InputError("stop strings need a tokenizer, this bundle has none", fix="use stop token ids")
-    requests, problems = [], []
-    for number, (prompt, way) in enumerate(zip(prompts, ways, strict=True)):
-        try:
-            text_or_ids = prompt.prompt if isinstance(prompt, Routed) else prompt
-            requests.append(_request(model, number, text_or_ids, way, options))
-        except InputError as error:
-            problems.append(_in_prompt(number, error))
-    raise_all("prompts", problems)
-    return requests
-
-
 def _in_prompt(number: int, error: InputError) -> InputError:
     return InputError(str(error), where=f"prompt {number + 1}", code=error.code)
 
 
-def _request(model: Model, number: int, prompt: Prompt, way: _Way, options: GenerateOptions) -> Request:
-    ids = _ids(model, prompt)
+def _request(model: Model, number: int, ids: Sequence[int], way: _Way, options: GenerateOptions) -> Request:
     limits = Limits(
         _new_tokens(len(ids), way.session.limits, options.max_new_tokens),
         model.end_token_ids | frozenset(options.stop_token_ids),

@@ -25,8 +25,8 @@ class ArrowInfo(_RouterInfo):
 
     kind: Literal["arrow"] = "arrow"
     top_k: Annotated[int, Field(ge=1)]  # experts of a token; a site with fewer uses all of its own
-    temperature: Annotated[float, Field(gt=0)]
-    seed: Annotated[int, Field(ge=0)]  # of the power iterations
+    temperature: Annotated[float, Field(ge=1e-30, le=1e30)]  # what float32 can divide by
+    seed: Annotated[int, Field(ge=0, lt=1 << 64)]  # of the power iterations; generators take 64 bits
     general: tuple[str, ...] = ()  # adapters whose mean was subtracted from every expert; they are no experts
 
 

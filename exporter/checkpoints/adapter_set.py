@@ -32,12 +32,18 @@ UNGATEABLE = {
 
 
 def read_adapters(
-    sources: Sequence[AdapterSource], gate: Path | None, *, topk_softmax: TopkSoftmax | None, cache: CacheChoice
+    sources: Sequence[AdapterSource],
+    gate: Path | None,
+    *,
+    topk_softmax: TopkSoftmax | None,
+    cache: CacheChoice,
+    uses_gate: bool = True,
 ) -> AdapterSet:
     """Read and check everything `--adapters` and `--gate` name; all problems are raised at once.
 
     One X-LoRA folder brings its gate and, where no relocation says otherwise, its experts. LoRA folders alone have no
-    gate; with `--gate` they are its relocated experts. Experts come in gate column order.
+    gate; with `--gate` they are its relocated experts. Experts come in gate column order. A gate that is not used
+    needs no rule for its top-k softmax, and takes any.
     """
     gate_path, experts = _sort_out(sources, gate)
     settings = read_gate_config(gate_path) if gate_path is not None else None
@@ -51,7 +57,8 @@ def read_adapters(
         with gathering(problems):
             classifier = read_classifier(settings, _count_sites(folders, bindings))
             notes += classifier.notes
-            config = _gate_config(settings, classifier, _topk_softmax(settings, topk_softmax, cache))
+            rule = _topk_softmax(settings, topk_softmax, cache) if uses_gate else TopkSoftmax.TOKEN
+            config = _gate_config(settings, classifier, rule)
     raise_all("--adapters", shortened(problems))
     origins = [_origin(binding, folder) for binding, folder in zip(bindings, folders, strict=True)]
     if settings is not None:

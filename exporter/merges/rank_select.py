@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 
@@ -29,5 +30,5 @@ def rank_select(site: Site, row: torch.Tensor, merge: MergeInfo) -> LowRank:
 
 
 def kept_of(terms: int, keep: float) -> int:
-    """How many of a site's terms stay: their share, rounded up."""
-    return math.ceil(keep * terms)
+    """How many of a site's terms stay: the share as it is written, rounded up. In floats 0.1 of 30 is more than 3."""
+    return math.ceil(Fraction(str(keep)) * terms)

@@ -226,6 +226,19 @@ def test_rank_select_keeps_the_strongest_terms_of_the_pool() -> None:
     assert rank_of(odd) == 3, "rounded up"
 
 
+def test_a_share_is_the_decimal_that_was_asked_for() -> None:
+    """In floats 0.1 * 30 is more than 3."""
+    generator = torch.Generator().manual_seed(4)
+    shapes = ((10, 12), (11, 10))
+    deltas = [LoraDelta(*(torch.randn(shape, generator=generator) for shape in shapes), 1.0) for _ in range(3)]
+    adapters = adapters_of(dict(zip("pqr", deltas, strict=True)))
+    info = MergeInfo(method=MergeMethod.RANK_SELECT, keep=0.1)
+    update = merged(site_of(adapters), torch.ones(3), info)
+    assert rank_of(update) == 3
+    plain = plain_merge(adapters, dict.fromkeys("pqr", 1.0), PATH, info)
+    assert difference(dense(update), plain) <= 1e-5
+
+
 def test_a_dense_update_has_exact_factors() -> None:
     for shape in ((5, 3), (3, 5)):
         update: Update = torch.randn(shape, dtype=torch.float64)

@@ -19,31 +19,38 @@ from exporter.cli import main, parser
 from exporter.commands.build import _build_spec
 from exporter.dynamic import traced_model
 from exporter.engines import EngineSpec, build_engines
+from exporter.errors import ExportError
 from exporter.inputs import read_inputs
 from exporter.op_lint import lint
-from exporter.parts import Parts, load_parts
-from exporter.record import record
+from exporter.parts import Parts, load_parts, make_verification
+from exporter.record import record, record_case
 from exporter.reference import Reference, ReferenceResult
 from exporter.routed_reference import RoutedReference
 from exporter.router_choice import settled_router
 from exporter.routers import routable_sites
 from exporter.spec import BuildSpec, CacheChoice, DType, RouterSpec, ScalingsChoice, VariantSpec
 from exporter.verify_bundle import verify_bundle
+from exporter.verify_sources import spec_from_manifest
 from runtime import GenerateOptions, Routed, complete, load
 from runtime.backends import open_session
 from runtime.bundle import Bundle
 from runtime.compare import compare
 from runtime.engines import Target
+from runtime.errors import InputError
 from runtime.golden import GOLDEN_PATH, read_golden
 from runtime.inspect import render
 from runtime.manifest import Emit, MixInfo, VerifyLevel
+from runtime.replay import GivenText
 from runtime.routers import ArrowInfo, RankSelectInfo, RouterInfo, RouterKind
 from runtime.rows import Rows
 from runtime.session import Session, SessionSettings
 from runtime.signature import GATE, ROUTER, CacheStyle
-from tests.exporter.checkpoint_makers import load_model, write_dora, write_lora
+from tests.exporter.checkpoint_makers import edit_json, load_model, write_dora, write_lora
 from tests.exporter.mutations import copy_of, edit_weight, weight_names
 from tests.exporter.tiny_builds import (
+    ATTENTION,
+    MLP,
+    TARGETS,
     Built,
     assert_named_dimensions,
     assert_wide_margin,
@@ -96,9 +103,13 @@ class Case:
 
 
 def write_sources(folder: Path, router: str, family: str = "llama") -> tuple[Path, dict[str, Path]]:
-    """PEFT's Arrow takes no embedding, nor does ours; rank-select does."""
+    """PEFT's Arrow takes no embedding, nor does ours; rank-select does. Arrow's top 2 have to be chosen somewhere."""
     base = write_lively_base(folder / "base", family)
     experts = write_three_experts(folder / "experts", base, family, ends=router == "rank-select" and family == "llama")
+    if router == "arrow":
+        attention, mlp = TARGETS.get(family, (ATTENTION, MLP))
+        turned = {"fan_in_fan_out": True} if family == "gpt2" else {}
+        experts["prose"] = write_lora(folder / "prose", base, (attention[0], *mlp), 4, alpha=8, seed=22, **turned)
     return base, experts
 
 
@@ -238,6 +249,28 @@ def test_rows_that_are_not_routed_are_those_of_a_model_without_router_to_the_bit
     assert difference(one[0], plain[0]) > MATTERS
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("router", list(ROUTERS))
+def test_modules_that_see_tokens_without_rows_are_routed(tmp_path: Path, router: str) -> None:
+    """OPT's MLP sees [B * S, .]; each row has its own switch all the same."""
+    base, experts = write_sources(tmp_path, router, "opt")
+    spec = replace(quick(named_sources(experts), base), router=ROUTERS[router])
+    parts = load_parts(read_inputs(spec))
+    assert any(site.path.endswith("fc1") for site in parts.sites)
+    info = settled_router(spec, parts.inputs.adapters)
+    assert info is not None
+    reference = Reference(parts.model, parts.inputs.adapters, parts.kinds)
+    tokens = [prompt(9, seed=1), prompt(9, seed=2)]
+    ids, positions = torch.tensor(tokens), torch.arange(9).expand(2, -1)
+    ones, switches = torch.ones(2, 9, len(parts.sites), 3), torch.tensor([1.0, 0.0])
+    with traced_model(parts.model, parts.sites, None, CacheStyle.NONE, router=info) as model:
+        got = model(input_ids=ids, position_ids=positions, logit_index=positions, scalings=ones, router=switches)[0]
+    wanted = [RoutedReference(reference, info).run(tokens[0]).logits, reference.constant([1.0] * 3, tokens[1]).logits]
+    for row, want in zip(got, wanted, strict=True):
+        assert apart(row, want) <= PARITY
+    assert difference(got[0], reference.constant([1.0] * 3, tokens[0]).logits) > MATTERS
+
+
 @pytest.mark.long
 def test_rows_that_are_not_routed_are_bit_for_bit_those_of_a_graph_without_router(case: Case, tmp_path: Path) -> None:
     if case.router != "arrow":
@@ -323,11 +356,12 @@ def test_general_knowledge_is_subtracted_as_pefts(tmp_path: Path) -> None:
     [
         ("gpt2", {}),
         ("gemma2", {}),
+        ("opt", {}),
         ("phi3", {"emit": Emit.MODERN}),
         ("llama", {"cache": CacheChoice.NONE}),
         ("llama", {"scalings": ScalingsChoice.SITES, "emit": Emit.MODERN}),
     ],
-    ids=["gpt2", "gemma2", "phi3-modern", "no-cache", "sites-modern"],
+    ids=["gpt2", "gemma2", "opt", "phi3-modern", "no-cache", "sites-modern"],
 )
 @pytest.mark.parametrize("router", list(ROUTERS))
 def test_families_and_emits(tmp_path: Path, router: str, family: str, settings: dict[str, Any]) -> None:
@@ -416,6 +450,22 @@ def test_a_router_takes_the_gates_place(tmp_path: Path) -> None:
     assert kept.adapters.gate is not None
 
 
+def test_a_gate_that_is_left_out_asks_for_nothing(tmp_path: Path) -> None:
+    """Neither for a graph without cache, as its rule for the top-k softmax would, nor for room for its weight."""
+    checkpoint = write_checkpoint(tmp_path, "qwen3")
+    config = checkpoint.xlora / "adapter_config.json"
+    edit_json(config, global_scaling_weight=65536.0)
+    with pytest.raises(InputError, match="leaves the range of float16"):
+        read_inputs(checkpoint.spec(dtype=DType.FLOAT16))
+    edit_json(config, peft_version="0.17.0")
+    with pytest.raises(ExportError, match="the flattened top-k softmax cannot run with a KV cache"):
+        read_inputs(checkpoint.spec())
+    spec = checkpoint.spec(router=RouterSpec(RouterKind.RANK_SELECT), dtype=DType.FLOAT16)
+    assert read_inputs(spec).adapters.gate is None
+    edit_json(config, peft_version=...)  # the rule is not known
+    assert read_inputs(spec).adapters.gate is None
+
+
 @pytest.mark.long
 def test_a_gated_checkpoint_with_a_router_is_verified_with_its_sources(
     family_build: Callable[[str], Built], tmp_path: Path
@@ -456,6 +506,40 @@ def test_the_manifest_states_the_router(case: Case) -> None:
     assert [each.is_routed for each in golden.cases] == [True] * 3 + [False] * 2
     assert [check.name for check in manifest.reports[0].checks][-1] == "router_ties"
     assert f"router {case.router}, " in render(case.bundle)
+
+
+def test_the_sources_are_verified_under_the_bundles_router(case: Case) -> None:
+    sources = BuildSpec(case.spec.adapters, case.spec.base)
+    spec = spec_from_manifest(case.bundle.manifest, sources)
+    assert settled_router(spec, case.parts.inputs.adapters) == case.info
+
+
+def test_the_reference_tells_the_closest_choice_of_all_sites(case: Case) -> None:
+    routed = RoutedReference(case.reference(), case.info)
+    margin = routed.run(PROMPTS[1]).margin
+    each = torch.stack([module.margin for module in routed.modules.values()])
+    assert margin is not None
+    assert margin.equal(each.min(0).values)
+    assert len(set(each.argmin(0).tolist())) > 1, "the closest choice is not always one site's"
+    assert margin.isfinite().all(), "something is chosen for every token"
+
+
+def test_golden_cases_and_recordings_keep_the_routers_ties(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the positions are made ties: these short texts have none."""
+    verification, graph = make_verification(case.parts, case.spec, None), case.bundle.manifest.graphs[0]
+    scenario, session = verification.scenarios(graph)[0], opened(case.bundle)
+    tokens = verification._case(session, graph, scenario, PROMPTS[1], 4).tokens
+    text = GivenText(len(PROMPTS[1]), (*PROMPTS[1], *tokens[:-1]))
+    margin = case.routed(text.tokens).margin
+    assert margin is not None
+    middle = float(margin.median())
+    monkeypatch.setattr("exporter.router_ties.TIE", middle)
+    wanted = tuple(place for place, value in enumerate(margin.tolist()) if value < middle)
+    assert 0 < len(wanted) < len(margin)
+    assert verification._case(session, graph, scenario, PROMPTS[1], 4).ties == wanted
+    session.close()
+    recorded, _ = record_case(scenario, None, [text])
+    assert (recorded.is_routed, recorded.texts[0].ties) == (True, wanted)
 
 
 def test_a_right_graph_passes_the_same_measures(case: Case) -> None:
@@ -547,6 +631,9 @@ TWO = ("math", "code")
         (TWO, ["--keep", "0.5"], "linear has no --keep"),
         (TWO, [*ARROW, "--arrow-top-k", "3"], "--arrow-top-k: more experts than there are; got 3; need at most 2"),
         (TWO, [*ARROW, "--mode", "static", "--mix", "math=1"], "--router: only the dynamic graph has a router"),
+        (TWO, ["--router", "xlora", "--mode", "static", "--mix", "math=1"], "--router: only the dynamic graph has"),
+        (TWO, [*ARROW, "--arrow-temperature", "1e-40"], "--arrow-temperature: is refused; got 1e-40; need greater"),
+        (TWO, [*ARROW, "--seed", f"{1 << 64}"], "--seed: is refused; got an integer of 65 bits; need less than 184467"),
         (TWO, [*SELECT, "--site-op", "plugin"], "--site-op plugin: the plugin of the sites has no router in it"),
         (("math", "dora"), ARROW, "--router arrow: dora is DoRA, whose change is not linear in its weight"),
         (("math", "dora"), SELECT, "--router rank-select: dora is DoRA"),

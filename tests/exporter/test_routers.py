@@ -166,9 +166,26 @@ def test_equals_of_the_last_kept_are_kept() -> None:
     assert strongest(strength, 5).tolist() == torch.ones(1, 2, 5).tolist()
 
 
-@pytest.mark.parametrize(("terms", "keep", "kept"), [(9, 0.5, 5), (10, 0.5, 5), (1, 0.01, 1), (7, 1, 7), (7, 0.99, 7)])
+def test_equals_are_kept_by_the_oracle_as_well() -> None:
+    """Two experts that share a module: three of their six terms, the last of which has an equal, are four."""
+    x, info, twins = inputs(), RankSelectInfo(keep=0.5), [deltas()[0]] * 2
+    experts = tuple(Expert(name, {"a": delta}, name, Path()) for name, delta in zip("pq", twins, strict=True))
+    sites = routable_sites(stack(AdapterSet(experts, None), [("a", SiteKind.LINEAR)]), info)
+    module = RankSelectModule(linear(), SiteKind.LINEAR, twins, info)
+    assert difference(update(sites[0], x, RankSelectRouter(sites, info))[:1], module.update(x[:1])) < NOISE
+    assert module.margin.max() < 1e-6, "a tie, for an engine's sums may tell the equals apart"
+
+
+@pytest.mark.parametrize(
+    ("terms", "keep", "kept"),
+    [(9, 0.5, 5), (10, 0.5, 5), (1, 0.01, 1), (7, 1, 7), (7, 0.99, 7), (30, 0.1, 3), (100, 0.07, 7), (30, 0.1001, 4)],
+)
 def test_the_share_is_rounded_up_as_in_merges(terms: int, keep: float, kept: int) -> None:
+    """In floats 0.1 * 30 and 0.07 * 100 are more than 3 and 7; the oracle counts them apart."""
     assert kept_of(terms, keep) == kept
+    delta = LoraDelta(torch.ones(terms, terms), torch.ones(terms, terms), 1.0)
+    module = RankSelectModule(linear(), SiteKind.LINEAR, [delta], RankSelectInfo(keep=float(keep)))
+    assert module.kept == kept
 
 
 # --- arrow ---------------------------------------------------------------------------------------
@@ -274,3 +291,5 @@ def test_only_what_follows_a_tie_is_not_compared() -> None:
         assert before_tie(other, expected) == compared
         assert before_tie(other, ReferenceResult(logits, None)) == 5
     assert before_tie(logits + 1e-6, expected) == 5
+    close = ReferenceResult(logits, None, torch.full((5,), 2e-4))
+    assert (router_ties(close), before_tie(logits + 0.5, close)) == ((), 5), "a close choice is still a choice"

@@ -14,14 +14,16 @@ import yaml
 
 from exporter.build_bundle import build
 from exporter.cli import main
+from exporter.errors import VerifyError
 from exporter.inputs import read_inputs
 from exporter.reference import Reference
 from exporter.spec import DType, VariantSpec
 from exporter.verify_bundle import verify_bundle
+from exporter.verify_sources import spec_from_manifest
 from runtime import GenerateOptions, Routed, complete, load
 from runtime.errors import InputError
 from runtime.golden import GOLDEN_PATH, read_golden
-from runtime.manifest import MixInfo, VerifyLevel
+from runtime.manifest import MergeInfo, MergeMethod, MixInfo, VerifyLevel
 from runtime.signature import GATE
 from tests.exporter.checkpoint_makers import edit_tensors
 from tests.exporter.mutations import weight_names
@@ -166,6 +168,17 @@ def test_verify_measures_named_mixes_against_the_sources(built: Built) -> None:
     assert {(result.graph, result.against) for result in results} == {
         (graph, against) for graph in ("dynamic", "solo", "blend") for against in ("golden set", "reference forward")
     }
+
+
+def test_static_graphs_of_two_merges_are_no_builds(built: Built) -> None:
+    """`verify` makes all static graphs anew under one method, and may not pick that of the first."""
+    manifest = built.bundle.manifest
+    merges = {"blend": MergeInfo(method=MergeMethod.SVD, rank=2)}
+    graphs = [graph.model_copy(update={"merge": merges.get(graph.name, graph.merge)}) for graph in manifest.graphs]
+    assert spec_from_manifest(manifest, built.checkpoint.spec()).merge == MergeInfo()
+    message = "merged in more than one way, which no build does; got solo by linear, blend by svd"
+    with pytest.raises(VerifyError, match=message):
+        spec_from_manifest(manifest.model_copy(update={"graphs": tuple(graphs)}), built.checkpoint.spec())
 
 
 def test_static_variants_store_only_what_they_change(built: Built) -> None:

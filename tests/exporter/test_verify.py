@@ -173,6 +173,35 @@ def test_tokens_of_a_rule_that_is_not_causal_are_judged_when_they_were_chosen() 
         assert (measures.tokens.value == 0) == passed
 
 
+@pytest.mark.parametrize(
+    ("tie", "wrong_from", "wrong_measures", "share"),
+    [
+        (4, 4, set(), 1 / 3),  # the last two of six positions come after it
+        (1, 1, {"router_ties"}, 5 / 6),
+        (4, 3, {"logits"}, 1 / 3),  # wrong before the tie
+        (None, 4, {"logits"}, 0.0),
+        (4, None, set(), 0.0),
+    ],
+)
+def test_only_what_follows_a_tie_of_a_router_is_not_compared(
+    tie: int | None, wrong_from: int | None, wrong_measures: set[str], share: float
+) -> None:
+    logits = torch.randn(FED, VOCABULARY, generator=torch.Generator().manual_seed(0)) * 3
+    margin, got = torch.ones(FED), logits.clone()
+    if tie is not None:
+        margin[tie] = 1e-5
+    if wrong_from is not None:
+        got[wrong_from:] += 0.1  # all logits of a position, so that only they tell
+    tokens = [0] * PROMPT + logits.argmax(-1)[PROMPT - 1 :].tolist()
+    expected = ReferenceResult(logits, None, margin)
+    scenario = Scenario("arrow", None, False, False, lambda ids: expected, lambda ids: expected, is_routed=True)
+    measures = Measures()
+    compare(Replay(PROMPT, tuple(tokens), got.numpy(), None), scenario, measures)
+    checks = report_from_measures(measures, "dynamic", VerifyLevel.FULL, "A", "").checks
+    found = {check.name: check for check in checks}
+    assert (wrong(found), found["router_ties"].value) == (wrong_measures, pytest.approx(share))
+
+
 def report(*checks: Check) -> VerifyReport:
     return report_from_measures(Measures(), "static", VerifyLevel.QUICK, "A", "").model_copy(update={"checks": checks})
 

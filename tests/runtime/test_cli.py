@@ -124,6 +124,11 @@ def test_bad_input_is_a_line_and_exit_2(
     assert (code, out, err.count("\n")) == (2, "", 1)
 
 
+def test_all_prompt_files_that_cannot_be_read_are_told(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run("generate", bundle, "-q", "--prompt-file", "/no/a", "--prompt-file", "/no/b", capsys=capsys)
+    assert (code, err.count("cannot read the prompt"), err.startswith("error: prompts: 2 problems")) == (2, 2, True)
+
+
 def test_a_missing_bundle_is_a_line_and_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["inspect"], ["generate", "--prompt", "a"]):
         code, _, err = run(command[0], tmp_path / "nope", *command[1:], capsys=capsys)

@@ -272,6 +272,18 @@ def test_all_bad_ways_are_reported_together(model: Model) -> None:
         generate(model, [Routed("a", "x"), Routed("a", "math"), Routed("a", "y")], GREEDY)
 
 
+def test_bad_ways_and_bad_prompts_are_reported_together(model: Model) -> None:
+    """A prompt's own faults are told beside those of its way, and the options' once, whatever uses them."""
+    with pytest.raises(InputError, match="4 problems") as caught:
+        generate(model, [Routed("", "x"), Routed([300], "math"), Routed("a", "y")], GREEDY)
+    told = str(caught.value).splitlines()[1:]
+    for line, start in zip(told, ("1: no variant 'x'", "1: the prompt is empty", "2: unknown", "3: no"), strict=True):
+        assert line.startswith(f"  - prompt {start}")
+    with pytest.raises(InputError, match="2 problems") as caught:
+        generate(model, ["fine", "", "too"], dataclasses.replace(GREEDY, variant="z"))
+    assert [line[:18] for line in str(caught.value).splitlines()[1:]] == ["  - no variant 'z'", "  - prompt 2: the "]
+
+
 def test_a_variant_and_a_mix_exclude_each_other() -> None:
     with pytest.raises(InputError, match="a variant has its own mix; got a variant and a mix; need one of them"):
         GenerateOptions(variant="math", mix={})
