@@ -68,6 +68,11 @@ class AdapterPool:
         """The newest generation; hold it for as long as it is used."""
         return self._current
 
+    def has(self, generation: Generation) -> bool:
+        """Whether it was made here: numbers of experts and sites of another bundle mean others."""
+        with self._writing:
+            return generation.stack in self._stacks
+
     @property
     def live_bytes(self) -> int:
         """What the stacks of all generations take that someone still holds."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from runtime.adapter_folder.lora_tensors import (
     require_touched,
     saved_base_tensors,
 )
+from runtime.adapter_folder.patterns import is_named
 from runtime.adapter_folder.problems import gathering, listed, shortened, shown
 from runtime.adapter_folder.safetensors_file import open_tensors
 from runtime.errors import InputError, raise_all
@@ -63,7 +64,7 @@ def read_hot(folder: Path, manifest: Manifest) -> HotAdapter:
             deltas = require_touched(read, weights)
             problems += _misfits(deltas, manifest, fields, frozenset(read) - frozenset(deltas), where)
     raise_all(where, shortened(problems))
-    return HotAdapter(folder.resolve().name, fields.kind, deltas, tuple(_notes(fields, manifest)))
+    return HotAdapter(folder.resolve().name, fields.kind, deltas, tuple(_notes(fields, manifest, read)))
 
 
 def _refusals(fields: LoraFields | AdaLoraFields, where: str, *, is_gated: bool) -> Iterator[InputError]:
@@ -131,7 +132,11 @@ def _range_problems(path: str, delta: LoraTensors, factor: float, dtype: str, wh
         )  # fmt: skip
 
 
-def _notes(fields: LoraFields | AdaLoraFields, manifest: Manifest) -> Iterator[str]:
+def _notes(fields: LoraFields | AdaLoraFields, manifest: Manifest, read: Collection[str]) -> Iterator[str]:
+    targets = fields.target_modules if isinstance(fields.target_modules, list) else []
+    if idle := [name for name in targets if not any(is_named((name,), path) for path in read)]:
+        # A build knows the base's other modules and refuses what is missing there.
+        yield f"its config targets {listed(map(shown, idle))}, but it has no tensors of such modules"
     recorded, name = fields.base_model_name_or_path, manifest.base.name
     if recorded is not None and Path(recorded).name != Path(name).name:
         yield f"it was trained on {shown(recorded)}, this bundle's base is {shown(name)}"
