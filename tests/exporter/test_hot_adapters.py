@@ -307,6 +307,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a missing B": (drop(Q0.format("B")), "no complete set of lora tensors"),
     "a NaN": (put(Q0.format("A"), lambda a: a.index_fill(0, torch.tensor([0]), torch.nan)), "holds NaN or infinite"),
     "an infinity": (put(Q0.format("B"), lambda b: b.index_fill(0, torch.tensor([0]), torch.inf)), "NaN or infinite"),
+    "a value that would poison every row": (
+        put(Q0.format("A"), lambda a: a * 1e38), "q_proj leaves the safe range of float32; got .*need at most 1.2677e"
+    ),
     "a cut file": (cut, "is not a sound safetensors file"),
     "a linked file": (link(WEIGHTS), "is a symbolic link.*cp -rL"),
     "a linked config": (link(CONFIG), "is a symbolic link"),
@@ -412,6 +415,8 @@ def test_a_gates_experts_are_replaced_by_name_or_key_and_never_added(world: HotW
             model.load_adapter("new", world.folders["math"])
         with pytest.raises(InputError, match="is an expert of the gate"):
             model.unload_adapter("wide")
+        with pytest.raises(InputError, match=r"need at most 3 of --max-total-rank 9\. Fix: build with a larger"):
+            model.replace_adapter("small", world.folders["wide"])
         with pytest.raises(InputError, match="PEFT's X-LoRA takes LoRA experts only"):
             model.replace_adapter("1", world.folders["ada"])
         assert pool_of(model).current.number == 0
