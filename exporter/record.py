@@ -68,6 +68,11 @@ def record_parts(
     parts: Parts, spec: BuildSpec, bundle: Bundle, graph: GraphInfo, clock: StageClock, extent: Extent | None = None
 ) -> Recording:
     """The same for a model that is loaded."""
+    if not parts.inputs.adapters.experts:
+        raise ExportError(
+            "a bundle that starts without adapters has none that a recording could prove",
+            where=f"graph {graph.name}", fix="build it with an adapter; a running session can unload it",
+        )  # fmt: skip
     verification = make_verification(parts, spec, load_tokenizer(bundle.root))
     scenarios = verification.scenarios(graph)
     if scenarios[0].per_length:

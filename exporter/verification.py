@@ -111,17 +111,20 @@ class Verification:
         """An uneven mix of random experts on every site: an input that is not read, or read elsewhere, shows."""
         if self.hot is None or self.probe is None or not adapter_inputs(graph.signature):
             return []
-        other = replace(self, adapters=self.probe.adapters, reference=self.probe.reference, probe=None)
-        uneven = other.scenarios(graph)[0]
+        uneven = self._of(self.probe).scenarios(graph)[0]
         stack = initial_stack(self.hot, self.probe.adapters, DType.FLOAT32)
         return [replace(uneven, name=f"probe, {uneven.name}", adapters=stack)]
+
+    def _of(self, probe: Probe) -> Verification:
+        """The same with the random experts; a named mix is theirs only if it is nobody's."""
+        spec = replace(self.spec, variants=()) if self.adapters.experts else self.spec
+        return replace(self, adapters=probe.adapters, reference=probe.reference, spec=spec, probe=None)
 
     def scenarios(self, graph: GraphInfo) -> list[Scenario]:
         """The ways users will run this graph: its gate, mixes, single experts, the base."""
         if not self.adapters.experts and self.probe is not None and graph.mode is Mode.DYNAMIC:
-            # Nothing is loaded yet: of the oracle with random experts, only the base.
-            other = replace(self, adapters=self.probe.adapters, reference=self.probe.reference, probe=None)
-            return [other.scenarios(graph)[1]]
+            # Nothing is loaded yet: of the oracle with random experts, only the base, under all its names.
+            return [self._of(self.probe).scenarios(graph)[1], *self.named(graph)]
         return self._scenarios(graph)
 
     def _scenarios(self, graph: GraphInfo) -> list[Scenario]:
@@ -175,6 +178,8 @@ class Verification:
         spec = graph.signature.input(SCALINGS)
         if spec is None:
             return []
+        if not self.adapters.experts and self.probe is not None:
+            return self._of(self.probe).named(graph)
         experts, sites = [expert.name for expert in self.adapters.experts], [path for path, _ in self.reference.sites]
         rows = [(variant.name, scalings_from_file(variant.mix, experts, sites)) for variant in row_variants(self.spec)]
         return [

@@ -68,6 +68,11 @@ class AdapterPool:
         """The newest generation; hold it for as long as it is used."""
         return self._current
 
+    def has(self, generation: Generation) -> bool:
+        """Whether it was made here: numbers of experts and sites of another bundle mean others."""
+        with self._writing:
+            return generation.stack in self._stacks
+
     @property
     def live_bytes(self) -> int:
         """What the stacks of all generations take that someone still holds."""
@@ -120,10 +125,11 @@ class AdapterPool:
         wanted = sum(adapter.at.width for adapter in others) + (width_of(read.deltas) if read else 0)
         if wanted > self._hot.max_total_rank:
             free = self._hot.max_total_rank - sum(adapter.at.width for adapter in others)
+            unload = "" if self._manifest.gate else "unload an adapter, or "
             raise InputError(
                 f"{alias} needs more rank columns than are free", got=str(wanted - self._hot.max_total_rank + free),
                 need=f"at most {free} of --max-total-rank {self._hot.max_total_rank}",
-                fix="unload an adapter, or build with a larger --max-total-rank", code="E_RANK",
+                fix=f"{unload}build with a larger --max-total-rank", code="E_RANK",
             )  # fmt: skip
         self._require_bytes(stack_bytes(self._hot.sites, self._dtype, max(wanted, 1)))
         builder = StackBuilder(self._hot, self._dtype, wanted)
@@ -156,7 +162,7 @@ class AdapterPool:
         if self._manifest.gate is not None:
             what = "a gate's experts can be replaced, never added"
             need = f"one of: {', '.join(loaded)}"
-            raise InputError(what, got=alias, need=need, fix="replace_adapter", code="E_ADAPTER")
+            raise InputError(what, got=alias, need=need, fix="replace one, by its name or its key", code="E_ADAPTER")
         names = {name.casefold() for name in loaded}
         if alias.casefold() in names:
             raise InputError(f"{alias} is loaded already", fix="replace_adapter, or another name", code="E_ADAPTER")

@@ -109,6 +109,8 @@ def _prepare(
         raise InputError("prompts", got="one string", need="a list of prompts")
     if generation is None and model.adapters is not None:
         generation = model.adapters.current  # what all these prompts will see to their end
+    elif generation is not None and not (model.adapters and model.adapters.has(generation)):
+        raise InputError("this generation of adapters is another model's", fix="give one of this model's adapters")
     requests, ways = _requests(model, prompts, options, generation)
     batches = _batches(ways, options.batch_size)
     stack = generation.stack if generation else None
@@ -174,6 +176,7 @@ def _run(
     """The loop: prefill is its first round, every later one carries a token a row."""
     began = perf_counter()
     rows, session = [requests[number] for number in batch], ways[batch[0]].session
+    model.turn.begin(session)
     passes = model.turn.holder = open_passes(session, [ways[number].route.routing for number in batch], adapters)
     try:
         while not all(request.is_done for request in rows):

@@ -27,6 +27,14 @@ class Turn:
     """Whose caches the sessions hold now: one generation at a time."""
 
     holder: object = None
+    session: Session | None = None  # of its caches
+
+    def begin(self, session: Session) -> None:
+        """Nobody's, until a holder is set. What another session holds goes: it would keep old adapters alive."""
+        self.holder = None
+        if self.session is not None and self.session is not session:
+            self.session.allocate(0)
+        self.session = session
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +131,9 @@ def load(
     bundle = open_bundle(Path(path))
     require_task(bundle, Task.TEXT_GENERATION)
     pool = open_pool(bundle, max_adapter_bytes)
+    if pool is None and max_adapter_bytes is not None:
+        raise InputError("no adapters are loaded into this bundle: they are weights", where="max_adapter_bytes",
+                         got=str(max_adapter_bytes), fix="leave it out", code="E_ADAPTER")  # fmt: skip
     is_listed = pool is None or any(known.name == variant for known in bundle.manifest.variants)
     if variant is not None and is_listed:  # else the name of an adapter that is still to be loaded
         graph = variant_named(bundle.manifest, variant).graph

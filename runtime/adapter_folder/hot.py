@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from runtime.adapter_folder.files import is_folder, require_weights, shown_path
 from runtime.adapter_folder.half_range import MAX_HALF, largest_value
@@ -20,10 +18,14 @@ from runtime.adapter_folder.lora_tensors import (
     require_touched,
     saved_base_tensors,
 )
+from runtime.adapter_folder.patterns import is_named
 from runtime.adapter_folder.problems import gathering, listed, shortened, shown
 from runtime.adapter_folder.safetensors_file import open_tensors
 from runtime.errors import InputError, raise_all
 from runtime.manifest import AdapterKind, HotSite, Manifest
+
+# Of float32 and bfloat16, which reach 2^128. A product that overflows is NaN in the rows of all others, too: inf * 0.
+MAX_WIDE = 2.0**100
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ def read_hot(folder: Path, manifest: Manifest) -> HotAdapter:
             deltas = require_touched(read, weights)
             problems += _misfits(deltas, manifest, fields, frozenset(read) - frozenset(deltas), where)
     raise_all(where, shortened(problems))
-    return HotAdapter(folder.resolve().name, fields.kind, deltas, tuple(_notes(fields, manifest)))
+    return HotAdapter(folder.resolve().name, fields.kind, deltas, tuple(_notes(fields, manifest, read)))
 
 
 def _refusals(fields: LoraFields | AdaLoraFields, where: str, *, is_gated: bool) -> Iterator[InputError]:
@@ -107,8 +109,7 @@ def _misfits(
     for path, delta in deltas.items():
         if path in sites:
             yield from _size_problems(sites[path], delta, where)
-            if manifest.base.dtype != "float32":
-                yield from _range_problems(path, delta, factor, manifest.base.dtype, where)
+            yield from _range_problems(path, delta, factor, manifest.base.dtype, where)
 
 
 def _size_problems(site: HotSite, delta: LoraTensors, where: str) -> Iterator[InputError]:
@@ -122,16 +123,22 @@ def _size_problems(site: HotSite, delta: LoraTensors, where: str) -> Iterator[In
 
 
 def _range_problems(path: str, delta: LoraTensors, factor: float, dtype: str, where: str) -> Iterator[InputError]:
-    most = MAX_HALF if dtype == "float16" else float(np.float32(3.3895e38))  # bfloat16 has float32's exponents
+    is_half = dtype == "float16"
+    most, kind = (MAX_HALF, "range") if is_half else (MAX_WIDE, "safe range")
     largest = largest_value(delta.a, delta.b, delta.scale * factor, most)
     if largest > most:
         yield InputError(
-            f"the LoRA of {path} leaves the range of {dtype}", where=where, got=f"values up to {largest:.3g}",
-            need=f"at most {most:.5g}", fix="build the bundle with --dtype float32", code="E_VALUE",
+            f"the LoRA of {path} leaves the {kind} of {dtype}", where=where, got=f"values up to {largest:.3g}",
+            need=f"at most {most:.5g}", code="E_VALUE",
+            fix="build the bundle with --dtype float32" if is_half else "use an earlier save",
         )  # fmt: skip
 
 
-def _notes(fields: LoraFields | AdaLoraFields, manifest: Manifest) -> Iterator[str]:
+def _notes(fields: LoraFields | AdaLoraFields, manifest: Manifest, read: Collection[str]) -> Iterator[str]:
+    targets = fields.target_modules if isinstance(fields.target_modules, list) else []
+    if idle := [name for name in targets if not any(is_named((name,), path) for path in read)]:
+        # A build knows the base's other modules and refuses what is missing there.
+        yield f"its config targets {listed(map(shown, idle))}, but it has no tensors of such modules"
     recorded, name = fields.base_model_name_or_path, manifest.base.name
     if recorded is not None and Path(recorded).name != Path(name).name:
         yield f"it was trained on {shown(recorded)}, this bundle's base is {shown(name)}"

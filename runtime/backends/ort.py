@@ -1,4 +1,4 @@
-"""The ONNX Runtime backend: everything is bound by raw pointer, so no cache is copied on its way in or out."""
+"""The ONNX Runtime backend: everything is bound by raw pointer, so on a CPU no cache is copied on its way in or out."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ class Plan:
     """One bound call for given B, S, K, slots and capacity: fill the feeds, run, read the results."""
 
     binding: Any
+    inputs: list[tuple[TensorSpec, Array]]  # what changes from step to step: the feeds and the K/V so far
     feeds: dict[str, Array]  # small inputs, filled anew at each step
     results: dict[str, Array]  # logits and gate
     fresh: list[Array]  # one [N, B, H, S, D] per cache group; empty unless new entries come back
@@ -77,6 +78,7 @@ class OrtSession:
         self._inputs = frozenset(spec.name for spec in adapter_inputs(signature))
         self._adapters: Stack | None = None
         self._engine = open_engine(graph, settings)
+        self._copies = PROVIDERS[settings.provider] != (CPU,)  # a GPU's provider copies an input when it is bound
         self.provider = what_runs(self._engine, settings.provider)
         check_signature(
             signature, described(self._engine.get_inputs()), described(self._engine.get_outputs()), str(graph)
@@ -108,6 +110,8 @@ class OrtSession:
             self._reserve(int(past.max()) + rows.tokens.shape[1])
         plan = self._plan(rows, is_fresh=not past.any())
         self._fill(plan, rows)
+        if self._copies:
+            bind_inputs(plan)
         run_engine(self._engine, plan.binding)
         self._check_finite(plan, rows)
         if self._style is CacheStyle.APPEND:
@@ -176,7 +180,7 @@ class OrtSession:
         return self._plans[key]
 
     def _bind(self, sizes: dict[str, int], slots: slice, *, is_empty: bool) -> Plan:
-        plan = Plan(self._engine.io_binding(), {}, {}, [])
+        plan = Plan(self._engine.io_binding(), [], {}, {}, [])
         cached = {carry.input for carry in self.signature.carries} | {carry.output for carry in self.signature.carries}
         for spec in self.signature.inputs:
             if spec.name in self._inputs:
@@ -184,13 +188,15 @@ class OrtSession:
                 bind(plan.binding.bind_input, spec, self._adapters.tensors[spec.name])
             elif spec.name not in cached:
                 plan.feeds[spec.name] = empty_tensor(spec, sizes)
-                bind(plan.binding.bind_input, spec, plan.feeds[spec.name])
+                plan.inputs.append((spec, plan.feeds[spec.name]))
         for spec in self.signature.outputs:
             if spec.name not in cached:
                 plan.results[spec.name] = empty_tensor(spec, sizes)
                 bind(plan.binding.bind_output, spec, plan.results[spec.name])
         for group in self._caches.groups:
             self._bind_group(plan, group, slots, sizes, is_empty=is_empty)
+        if not self._copies:
+            bind_inputs(plan)
         return plan
 
     def _bind_group(
@@ -203,7 +209,7 @@ class OrtSession:
             present = np.empty(shape, group.dtype)
             plan.fresh.append(present)
         for number, (name, output) in enumerate(zip(group.inputs, group.outputs, strict=True)):
-            bind(plan.binding.bind_input, self._spec(name), past[number])
+            plan.inputs.append((self._spec(name), past[number]))
             bind(plan.binding.bind_output, self._spec(output), present[number])
 
     def _spec(self, name: str) -> TensorSpec:
@@ -298,6 +304,12 @@ def import_onnxruntime(provider: str) -> Any:
 def described(nodes: list[Any]) -> list[tuple[str, str, list[Any]]]:
     """Name, dtype and shape of a loaded graph's inputs or outputs."""
     return [(node.name, ORT_DTYPES.get(node.type, node.type), node.shape) for node in nodes]
+
+
+def bind_inputs(plan: Plan) -> None:
+    """Bind what changes; the CPU's provider reads it in place from then on, a GPU's as it is now."""
+    for spec, array in plan.inputs:
+        bind(plan.binding.bind_input, spec, array)
 
 
 def bind(call: Any, spec: TensorSpec, array: Array) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from exporter.parts import Parts
 from exporter.reference import Reference
 from exporter.spec import CacheChoice, HotSpec
 from runtime.bundle import Bundle
-from runtime.manifest import VerifyLevel
+from runtime.manifest import MixInfo, VerifyLevel
 from tests.exporter.checkpoint_makers import write_adalora, write_lora
 from tests.exporter.tiny_builds import ATTENTION, MLP, load, named_sources, quick, write_lively_base
 from tests.same_tokens import TIE_MARGIN
@@ -74,15 +74,29 @@ class Oracle:
         return self.reference().constant([weights.get(name, 0.0) for name in self.folders], tokens).logits
 
     def tokens(self, mix: Mix, prompt: tuple[int, ...], count: int = NEW) -> tuple[int, ...]:
-        """The greedy continuation, up to the end token; a tie in it would make every comparison moot."""
+        """The greedy continuation, up to the end token."""
         if (mix, prompt) not in self.found:
-            tokens = list(prompt)
-            while len(tokens) < len(prompt) + count and (len(tokens) == len(prompt) or tokens[-1] != 2):
-                first, second = self.logits(mix, tuple(tokens))[-1].topk(2).values.tolist()
-                assert first - second > TIE_MARGIN
-                tokens.append(int(self.logits(mix, tuple(tokens))[-1].argmax()))
-            self.found[mix, prompt] = tuple(tokens[len(prompt) :])
+            self.found[mix, prompt] = greedy(lambda tokens: self.logits(mix, tokens), prompt, count)
         return self.found[mix, prompt]
+
+    def tokens_by_site(self, mix: MixInfo, prompt: tuple[int, ...], count: int = NEW) -> tuple[int, ...]:
+        """The same under weights that a module may have of its own."""
+        reference = self.reference()
+        weights = [mix.sites.get(path, mix.weights) for path, _ in reference.sites]
+        rows = [[its.get(name, 0.0) for name in self.folders] for its in weights]
+        return greedy(lambda tokens: reference.constant(rows, tokens).logits, prompt, count)
+
+
+def greedy(
+    logits: Callable[[tuple[int, ...]], torch.Tensor], prompt: tuple[int, ...], count: int = NEW
+) -> tuple[int, ...]:
+    """New tokens, up to the end token; a tie in them would make every comparison moot."""
+    tokens = prompt
+    while len(tokens) < len(prompt) + count and (len(tokens) == len(prompt) or tokens[-1] != 2):
+        top = logits(tokens)[-1].topk(2)
+        assert float(top.values[0] - top.values[1]) > TIE_MARGIN
+        tokens = (*tokens, int(top.indices[0]))
+    return tokens[len(prompt) :]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from exporter.encoder_settings import labels_of, positions_of, scores_of
 from exporter.errors import ExportError
 from exporter.inputs import read_inputs
 from exporter.inspect import inspect_checkpoint, render
-from exporter.spec import CacheChoice, OpChoice, RouterSpec
+from exporter.spec import CacheChoice, HotSpec, OpChoice, RouterSpec
 from runtime.bundle import open_bundle, read_manifest
 from runtime.cli import main
 from runtime.encode import EncodeOptions, Variant, classify, embed, load_encoder
@@ -117,6 +117,8 @@ def test_only_encoders_embed(tmp_path: Path) -> None:
         ({"gate_op": OpChoice.PLUGIN}, "--gate-op plugin: no plugin of ours has been proved on an encoder"),
         ({"site_op": OpChoice.PLUGIN}, "--site-op plugin"),
         ({"router": RouterSpec(RouterKind.RANK_SELECT)}, "--router rank-select: routers inside the sites are for dec"),
+        ({"hot": HotSpec(64)}, "--adapters-as inputs: adapters are inputs of decoders only"),
+        ({"router": RouterSpec(RouterKind.ARROW)}, "--router arrow: routers inside the sites are for decoders"),
     ],
 )
 def test_settings_no_encoder_has(random_bert: EncoderCheckpoint, settings: dict[str, Any], message: str) -> None:

@@ -27,10 +27,9 @@ from runtime.model import load as load_bundle
 from runtime.replay import replay
 from runtime.stacks import stack_bytes
 from tests.exporter.checkpoint_makers import edit_json, edit_tensors, load_model, write_lora
-from tests.exporter.hot_makers import NEW, PROMPTS, HotWorld, Mix, build_hot
+from tests.exporter.hot_makers import NEW, PROMPTS, HotWorld, Mix, build_hot, greedy
 from tests.exporter.tiny_builds import ATTENTION, count_sites, load, quick, reference_of, write_gate
 from tests.runtime.tiny_bundles import tiny_bundle
-from tests.same_tokens import TIE_MARGIN
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OPTIONS = GenerateOptions(max_new_tokens=NEW)
@@ -208,6 +207,17 @@ def test_a_budget_counts_what_running_requests_hold(world: HotWorld) -> None:
         load_bundle(world.bundle.root, threads=1, max_adapter_bytes=1000)
 
 
+def test_a_generation_is_its_models(world: HotWorld, model: Model, tmp_path: Path) -> None:
+    """Numbers of experts mean others elsewhere: that would be a wrong answer without an error."""
+    old = pool_of(model).current
+    model.load_adapter("small", world.folders["small"])
+    assert answers(model, {"math": 1.0}, old) == expected(world, ("math", 1.0))
+    for bundle in (world.bundle.root, tiny_bundle(tmp_path / "bundle")):
+        foreign = "this generation of adapters is another model's"
+        with load_bundle(bundle, threads=1) as other, pytest.raises(InputError, match=foreign):
+            answers(other, {"math": 1.0}, old)
+
+
 # ---- names and limits
 
 
@@ -239,11 +249,16 @@ def test_names_and_limits_are_kept(world: HotWorld, model: Model) -> None:
     assert answers(model, {"again": 1.0}) == expected(world, ("small", 1.0))
 
 
-def test_bundles_whose_adapters_are_weights_say_so(world: HotWorld, tmp_path: Path) -> None:
+def test_bundles_whose_adapters_are_weights_say_so(
+    world: HotWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bundle = tiny_bundle(tmp_path / "bundle")
     with load_bundle(bundle, threads=1) as model, pytest.raises(InputError, match="--adapters-as inputs"):
         model.load_adapter("new", world.folders["small"])
-    assert main(["generate", str(bundle), "--prompt-ids", "1", "-q", "--load", f"x={world.folders['small']}"]) == 2
+    words = ["generate", str(bundle), "--prompt-ids", "1", "-q"]
+    assert main([*words, "--load", f"x={world.folders['small']}"]) == 2
+    assert main([*words, "--max-adapter-bytes", "1000"]) == 2
+    assert "max_adapter_bytes: no adapters are loaded into this bundle" in capsys.readouterr().err
 
 
 # ---- folders that are refused
@@ -292,6 +307,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a missing B": (drop(Q0.format("B")), "no complete set of lora tensors"),
     "a NaN": (put(Q0.format("A"), lambda a: a.index_fill(0, torch.tensor([0]), torch.nan)), "holds NaN or infinite"),
     "an infinity": (put(Q0.format("B"), lambda b: b.index_fill(0, torch.tensor([0]), torch.inf)), "NaN or infinite"),
+    "a value that would poison every row": (
+        put(Q0.format("A"), lambda a: a * 1e38), "q_proj leaves the safe range of float32; got .*need at most 1.2677e"
+    ),
     "a cut file": (cut, "is not a sound safetensors file"),
     "a linked file": (link(WEIGHTS), "is a symbolic link.*cp -rL"),
     "a linked config": (link(CONFIG), "is a symbolic link"),
@@ -332,6 +350,24 @@ def test_a_bad_folder_changes_nothing(fault: str, world: HotWorld, tmp_path: Pat
     assert (first, *[event.token_id for event in events]) == world.oracle.tokens((("math", 1.0),), PROMPTS[1])
 
 
+def test_what_is_odd_about_a_folder_is_said(
+    world: HotWorld, tmp_path: Path, model: Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A build would refuse a lost module of the base; a bundle knows none but its sites."""
+    folder = write_lora(tmp_path / "odd", world.base, ATTENTION, 2, seed=9)
+    edit_json(folder / CONFIG, target_modules=[*ATTENTION, "fc1"], base_model_name_or_path="some/other")
+    wanted = (
+        "its config targets 'fc1', but it has no tensors of such modules",
+        "it was trained on 'some/other', this bundle's base is 'base'",
+    )
+    assert model.load_adapter("odd", folder).notes == wanted
+    assert not model.load_adapter("small", world.folders["small"]).notes
+    words = ["generate", str(world.bundle.root), "--prompt-ids", "1", "--max-new-tokens", "1", "--mix", "base"]
+    assert main([*words, "--load", f"odd={folder}"]) == 0
+    said = capsys.readouterr().err
+    assert all(f"note: odd: {note}" in said for note in wanted)
+
+
 # ---- the command line
 
 
@@ -365,33 +401,27 @@ def test_the_command_line_loads_before_it_generates(
 
 def test_a_gates_experts_are_replaced_by_name_or_key_and_never_added(world: HotWorld, tmp_path: Path) -> None:
     """The same tokens as the reference of a gate with the other expert: its scales, and the global weight."""
-    wide, code, small = (world.folders[name] for name in ("wide", "code", "small"))  # "wide" touches all of the sites
-    settings = {"sites": count_sites({"wide": wide}), "xlora_depth": 2, "global_scaling_weight": 1.5}
-    first = write_gate(tmp_path / "first", world.base, {"wide": wide, "small": small}, **settings)
-    later = write_gate(tmp_path / "later", world.base, {"wide": wide, "code": code}, **settings)
-    hot = build(replace(quick((AdapterSource(first),), world.base), hot=HotSpec(8), out=tmp_path / "hot"))
+    wide, code, small, ends = (world.folders[name] for name in ("wide", "code", "small", "ends"))
+    sites = count_sites({"wide": wide, "ends": ends})  # together they touch all
+    settings = {"sites": sites, "xlora_depth": 2, "global_scaling_weight": 1.5}
+    first = write_gate(tmp_path / "first", world.base, {"wide": wide, "small": small, "ends": ends}, **settings)
+    later = write_gate(tmp_path / "later", world.base, {"wide": wide, "code": code, "ends": ends}, **settings)
+    hot = build(replace(quick((AdapterSource(first),), world.base), hot=HotSpec(9), out=tmp_path / "hot"))
     reference = reference_of(load(world.base, AdapterSource(later)))
-
-    def gated_tokens(prompt: tuple[int, ...]) -> tuple[int, ...]:
-        tokens = list(prompt)
-        while len(tokens) < len(prompt) + NEW and (len(tokens) == len(prompt) or tokens[-1] != 2):
-            logits = reference.gated(tokens).logits[-1].topk(2)
-            assert float(logits.values[0] - logits.values[1]) > TIE_MARGIN
-            tokens.append(int(logits.indices[0]))
-        return tuple(tokens[len(prompt) :])
-
-    want = [gated_tokens(prompt) for prompt in PROMPTS]
+    want = [greedy(lambda tokens: reference.gated(tokens).logits, prompt) for prompt in PROMPTS]
     with load_bundle(hot.root, threads=1) as model:
         before = [done.token_ids for done in complete(model, PROMPTS, OPTIONS)]
         with pytest.raises(InputError, match="a gate's experts can be replaced, never added"):
             model.load_adapter("new", world.folders["math"])
         with pytest.raises(InputError, match="is an expert of the gate"):
             model.unload_adapter("wide")
+        with pytest.raises(InputError, match=r"need at most 3 of --max-total-rank 9\. Fix: build with a larger"):
+            model.replace_adapter("small", world.folders["wide"])
         with pytest.raises(InputError, match="PEFT's X-LoRA takes LoRA experts only"):
             model.replace_adapter("1", world.folders["ada"])
         assert pool_of(model).current.number == 0
         model.replace_adapter("1", world.folders["code"])  # by the gate's key
-        assert list(pool_of(model).current.columns) == ["wide", "small"]
+        assert list(pool_of(model).current.columns) == ["wide", "small", "ends"]
         after = [done.token_ids for done in complete(model, PROMPTS, OPTIONS)]
         assert after == want != before
         model.replace_adapter("small", world.folders["small"])  # by name

@@ -28,24 +28,25 @@ from exporter.inputs import read_inputs
 from exporter.parts import load_parts
 from exporter.record import record_parts
 from exporter.sites import Site, SiteKind
-from exporter.spec import BuildSpec, DType, HotSpec, OpChoice, RouterSpec
+from exporter.spec import BuildSpec, CacheChoice, DType, HotSpec, OpChoice, RouterSpec, VariantSpec
 from exporter.verify import Extent
 from exporter.verify_bundle import verify_bundle
-from exporter.verify_sources import spec_from_manifest
+from exporter.verify_sources import require_same_stack, spec_from_manifest
 from exporter.watch import StageClock
 from runtime.adapter_folder.lora_tensors import LoraTensors
 from runtime.adapter_folder.safetensors_file import open_tensors
 from runtime.adapter_inputs import RANK, adapter_inputs
+from runtime.adapter_pool import AdapterPool
 from runtime.backends.trt import TrtSession
 from runtime.bundle import Bundle, open_bundle, read_manifest
 from runtime.cli import main as run_main
 from runtime.compare import compare
 from runtime.engines import Target
 from runtime.errors import InputError
-from runtime.generate import GenerateOptions, complete
-from runtime.manifest import HotInfo, HotSite, Mode, VerifyLevel
+from runtime.generate import GenerateOptions, Routed, complete
+from runtime.manifest import Emit, HotInfo, HotSite, MixInfo, Mode, VerifyLevel
 from runtime.model import load as load_bundle
-from runtime.recording import save_recording
+from runtime.recording import Recording, save_recording
 from runtime.replay import replay
 from runtime.routers import RouterKind
 from runtime.rows import Rows
@@ -55,7 +56,15 @@ from runtime.tensorrt import make_logger
 from tests.exporter.checkpoint_makers import write_dora, write_lora
 from tests.exporter.hot_makers import HotWorld, Oracle, adapters_of, build_hot
 from tests.exporter.reseal import reseal
-from tests.exporter.tiny_builds import named_sources, quick, write_gate, write_lively_base
+from tests.exporter.tiny_builds import (
+    ATTENTION,
+    MLP,
+    TARGETS,
+    named_sources,
+    quick,
+    write_gate,
+    write_lively_base,
+)
 from tests.runtime.fake_tensorrt import FakeTensorrt, plan_bytes
 
 PROMPT = (1, 5, 9, 22, 3)
@@ -69,6 +78,13 @@ def hot_of(bundle: Bundle) -> HotInfo:
 def sources(world: HotWorld, **settings: object) -> BuildSpec:
     first = named_sources({name: world.folders[name] for name in ("math", "code")})
     return replace(quick(first, world.base), **settings)  # type: ignore[arg-type]
+
+
+def recording_of(bundle: Bundle, sources: BuildSpec) -> Recording:
+    """Few and short answers of the sources."""
+    spec = spec_from_manifest(bundle.manifest, sources)
+    parts = load_parts(read_inputs(spec), hot=spec.hot)
+    return record_parts(parts, spec, bundle, bundle.manifest.graphs[0], StageClock(), Extent(2, 8, 4))
 
 
 def test_adapters_are_pure_inputs_of_the_graph(world: HotWorld) -> None:
@@ -104,6 +120,9 @@ def test_verify_replays_the_stored_adapters_and_knows_the_sources(world: HotWorl
         verify_bundle(spoiled, threads=1)
     with pytest.raises(VerifyError, match="lora_scale of the adapters it starts with is not the sources'"):
         verify_bundle(spoiled, sources(world), threads=1)
+    parts = load_parts(read_inputs(sources(world, hot=HotSpec(12, 4))), hot=HotSpec(12, 4))
+    with pytest.raises(VerifyError, match="its adapter inputs are not those of the sources"):
+        require_same_stack(world.bundle, parts)
 
 
 @pytest.mark.parametrize(
@@ -132,13 +151,16 @@ def test_a_graph_that_reads_its_inputs_wrongly_is_not_published(
 
 def test_a_bundle_may_start_with_no_adapter(world: HotWorld, tmp_path: Path) -> None:
     hot = HotSpec(4, 2, ("all-linear",))
-    bundle = build(BuildSpec((), str(world.base), hot=hot, out=tmp_path / "empty", verify=VerifyLevel.QUICK, threads=1))
+    sources = BuildSpec((), str(world.base), verify=VerifyLevel.QUICK, threads=1)
+    calm = (VariantSpec("calm", MixInfo()),)
+    bundle = build(replace(sources, hot=hot, out=tmp_path / "empty", variants=calm))
     assert bundle.manifest.experts == ()
-    assert [variant.name for variant in bundle.manifest.variants] == ["base"]
+    assert [variant.name for variant in bundle.manifest.variants] == ["base", "calm"]
     assert "lm_head" not in [site.path for site in bundle.manifest.sites]
     assert bundle.manifest.reports[0].checks[0].value < 1e-5
-    found = verify_bundle(bundle.root, BuildSpec((), str(world.base), verify=VerifyLevel.QUICK, threads=1), threads=1)
-    assert len(found) == 2
+    assert len(verify_bundle(bundle.root, sources, threads=1)) == 2
+    with pytest.raises(InputError, match="starts without adapters has none that a recording could prove"):
+        recording_of(bundle, sources)
     with load_bundle(bundle.root, threads=1) as model:
         assert model.adapters is not None
         assert model.adapters.current.stack.nbytes == stack_bytes(hot_of(bundle).sites, "float32", 1)
@@ -207,6 +229,42 @@ def test_other_modules_and_families(family: str, tmp_path: Path) -> None:
             assert done.token_ids == oracle.tokens(tuple(mix.items()), PROMPT)
 
 
+SETTINGS: dict[str, dict[str, object]] = {
+    "phi3": {"emit": Emit.MODERN},  # fused q, k, v and gate, up; K/V written by the graph itself
+    "llama": {"cache": CacheChoice.NONE},
+}
+
+
+@pytest.mark.parametrize("family", SETTINGS)
+def test_other_graphs_and_mixes_by_module(family: str, tmp_path: Path) -> None:
+    """Named mixes of the given experts, with weights of their own at a module, and such a mix of a loaded one."""
+    base = write_lively_base(tmp_path / "base", family, num_hidden_layers=1)
+    attention, mlp = TARGETS.get(family, (ATTENTION, MLP))
+    folders = {
+        "one": write_lora(tmp_path / "one", base, attention, 2, seed=1),
+        "two": write_lora(tmp_path / "two", base, (attention[0], *mlp), 3, alpha=5, seed=2),
+    }
+    place = f"model.layers.0.self_attn.{attention[0]}"
+    warm = MixInfo(weights={"one": 0.5}, sites={place: {"one": -1.0}})
+    bundle = build_hot(
+        tmp_path / "bundle", base, {"one": folders["one"]}, HotSpec(6, 2, ("all-linear",)),
+        verify=VerifyLevel.QUICK, variants=(VariantSpec("warm", warm),), **SETTINGS[family],
+    )  # fmt: skip
+    assert bundle.manifest.reports[0].checks[0].value < 1e-5
+    oracle, one = Oracle(base, folders), MixInfo(weights={"one": 1.0})
+    mix = MixInfo(weights={"one": 1.0, "two": 0.5}, sites={
+        place: {"one": 0.25, "two": -0.5}, f"model.layers.0.mlp.{mlp[-1]}": {"two": 1.5},
+    })  # fmt: skip
+    with load_bundle(bundle.root, threads=1) as model:
+        with pytest.raises(InputError, match="Warm is the name of a variant of this bundle"):
+            model.load_adapter("Warm", folders["two"])
+        model.load_adapter("two", folders["two"])
+        rows = [Routed(PROMPT, variant="warm"), *(Routed(PROMPT, mix=each) for each in (one, mix, {}))]
+        found = [done.token_ids for done in complete(model, rows, GenerateOptions(max_new_tokens=6))]
+    assert found == [oracle.tokens_by_site(each, PROMPT) for each in (warm, one, mix, MixInfo())]
+    assert len(set(found)) == 4, "each mix matters"
+
+
 # ---- what is refused
 
 
@@ -225,6 +283,7 @@ def test_other_modules_and_families(family: str, tmp_path: Path) -> None:
             "--router arrow: a router inside the sites is made from",
         ),
         (HotSpec(8), {"adapters": ()}, "without adapters nothing says which modules"),
+        (HotSpec(8, None, ("q_proj",)), {"adapters": ()}, "without adapters nothing says how many experts"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(
@@ -296,6 +355,27 @@ def test_manifests_that_contradict_themselves_are_refused(
     change(raw["hot"])
     with pytest.raises(InputError, match=text):
         read_manifest(json.dumps(raw).encode())
+
+
+def test_adapter_inputs_belong_to_a_description(world: HotWorld) -> None:
+    raw = json.loads((world.bundle.root / "manifest.json").read_text())
+    raw["hot"] = None
+    with pytest.raises(
+        InputError, match=r"graphs\.dynamic: reads adapters from inputs that the manifest does not desc"
+    ):
+        read_manifest(json.dumps(raw).encode())
+
+
+def test_an_expert_without_its_columns_is_refused(world: HotWorld) -> None:
+    manifest, hot = world.bundle.manifest, hot_of(world.bundle)
+    stack = read_stack(world.bundle.root / hot.path, hot, "float32")
+    split = np.array([0, 1, 0, 1, 1])
+    for index, text in (
+        (split, r"math of .*range of its rank; got \[0, 2\]"),
+        (split * 0, r"math.*got \[0, 1, 2, 3, 4\]"),
+    ):
+        with pytest.raises(InputError, match=text):
+            AdapterPool(manifest, Stack({**stack.tensors, "lora_index": index}, stack.rank))
 
 
 def test_a_stack_of_another_shape_is_refused(world: HotWorld) -> None:
@@ -443,10 +523,7 @@ def test_a_recording_is_compared_with_the_adapters_a_bundle_starts_with(
     world: HotWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And one that was made of other adapters is told apart."""
-    graph = world.bundle.manifest.graphs[0]
-    spec = spec_from_manifest(world.bundle.manifest, sources(world))
-    parts = load_parts(read_inputs(spec), hot=spec.hot)
-    recording = record_parts(parts, spec, world.bundle, graph, StageClock(), Extent(2, 8, 4))
+    recording = recording_of(world.bundle, sources(world))
     assert [case.name for case in recording.header.cases] == ["uneven mix", "base", "expert math", "expert code"]
     assert {len(case.row[0]) for case in recording.header.cases if case.row} == {4}, "E is what may be loaded"
     save_recording(recording, tmp_path / "file.npz")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from onnx import TensorProto, helper, save
 from runtime.adapter_inputs import LORA_INDEX, LORA_SCALE, RANK, adapter_inputs
 from runtime.backends.ort import OrtSession
 from runtime.errors import InputError
+from runtime.model import Turn
 from runtime.rows import Rows
 from runtime.session import SessionSettings
 from runtime.signature import INPUT_IDS, LOGIT_INDEX, LOGITS, POSITION_IDS, Signature, TensorSpec
@@ -77,6 +80,20 @@ def test_adapters_are_read_where_they_lie(session: OrtSession) -> None:
     assert logit(session) == 3.0
     stack.tensors[LORA_SCALE][0, 0] = 10.0  # a real stack is read-only
     assert logit(session) == 12.0
+
+
+def test_adapters_go_when_another_session_takes_its_turn(session: OrtSession) -> None:
+    """A generation that is never finished or dropped does not keep them."""
+    turn, stack = Turn(), stack_of(1.0, 2.0)
+    alive = weakref.ref(stack)
+    turn.begin(session)
+    session.allocate(1, stack)
+    del stack
+    turn.begin(session)
+    assert logit(session) == 3.0, "the same session allocates for itself"
+    turn.begin(SimpleNamespace(allocate=None))  # type: ignore[arg-type]
+    assert alive() is None
+    assert session.lengths.tolist() == []
 
 
 def test_what_is_not_of_the_graph_is_refused_and_slots_need_adapters(session: OrtSession) -> None:

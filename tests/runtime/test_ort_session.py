@@ -1,11 +1,14 @@
 """Sessions against plain numpy: caching, unequal rows, growth, truncation, bad numbers; ONNX Runtime's own faults.
 
-The TensorRT session runs on a fake GPU whose engines compute by ONNX Runtime.
+The TensorRT session runs on a fake GPU whose engines compute by ONNX Runtime. ONNX Runtime's own GPU providers are
+known here by the one thing that sets them apart: they copy an input when it is bound.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,14 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.backends.ort import OrtSession, run_engine, what_runs
+from runtime.backends.ort import ONNX_TYPES, OrtSession, open_engine, run_engine, what_runs
 from runtime.backends.trt import TrtSession
 from runtime.caches import GRAIN, capacity_for
 from runtime.errors import InputError, MachineError, NumericError
 from runtime.rows import Rows, StepResult
 from runtime.session import SessionSettings
 from runtime.signature import CacheStyle
-from runtime.tensors import float32_copy, is_finite
+from runtime.tensors import DTYPES, float32_copy, is_finite
 from tests.runtime.fake_tensorrt import install, open_fake
 from tests.runtime.tiny_graphs import TinyShape, open_tiny, reference, save_tiny, tiny_weights
 
@@ -51,13 +54,52 @@ def feed(session: AnySession, rows: list[list[int]], scalings: list[np.ndarray],
     return session.step(Rows(tokens, counts, slice(first_slot, first_slot + len(rows)), scale, index))
 
 
-@pytest.fixture(params=["ort", "trt"])
+class CopyingEngine:
+    """An engine that reads each input as it was when it was bound, as those of ONNX Runtime's GPU providers do."""
+
+    def __init__(self, graph: Path, settings: SessionSettings) -> None:
+        self._engine = open_engine(graph, replace(settings, provider="cpu"))
+        self.get_inputs, self.get_outputs = self._engine.get_inputs, self._engine.get_outputs
+
+    def io_binding(self) -> CopyingBinding:
+        return CopyingBinding(self._engine.io_binding())
+
+    def run_with_iobinding(self, binding: CopyingBinding) -> None:
+        self._engine.run_with_iobinding(binding.binding)
+
+
+class CopyingBinding:
+    def __init__(self, binding: Any) -> None:
+        self.binding, self.bind_output = binding, binding.bind_output
+        self.copies: dict[str, np.ndarray] = {}
+
+    def bind_input(self, name: str, device: str, number: int, kind: int, shape: tuple[int, ...], address: int) -> None:
+        size = int(np.prod(shape)) * SIZES[kind]
+        self.copies[name] = np.empty(max(size, 1), np.uint8)
+        ctypes.memmove(self.copies[name].ctypes.data, address, size)
+        self.binding.bind_input(name, device, number, kind, shape, self.copies[name].ctypes.data)
+
+
+SIZES = {number: DTYPES[name].itemsize for name, number in ONNX_TYPES.items()}
+
+
+def open_copying(folder: Path, shape: TinyShape, monkeypatch: pytest.MonkeyPatch) -> OrtSession:
+    with monkeypatch.context() as patch:
+        patch.setattr("runtime.backends.ort.open_engine", CopyingEngine)
+        settings = SessionSettings(shape.max_positions, provider="cuda", threads=1)
+        return OrtSession(save_tiny(folder, shape, tiny_weights(shape)), shape.signature, settings)
+
+
+@pytest.fixture(params=["ort", "ort, copying", "trt"])
 def opened(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[TinyShape], AnySession]]:
     """Opens the tiny decoder on a backend; a GPU must end as empty as it began."""
     if request.param == "ort":
         yield lambda shape: open_tiny(tmp_path, shape, tiny_weights(shape))
+        return
+    if request.param == "ort, copying":
+        yield lambda shape: open_copying(tmp_path, shape, monkeypatch)
         return
     trt = install(monkeypatch)
     sessions: list[TrtSession] = []
