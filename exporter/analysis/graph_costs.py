@@ -126,12 +126,17 @@ class GraphCounter:
         shape = self._shape(left, symbols)
         if names is not None:
             is_turned = any(a.name == "transA" and a.i for a in node.attribute)
-            rows = math.prod(shape[1:] if is_turned else shape[:-1])
+            rows = shape[-1 if is_turned else -2] * self._each(shape[:-2], names)
             return self._count_weights(names, rows, cost)
         other = self._shape(right, symbols)
         batch = _broadcast(shape[:-2], other[:-2])
         cost.add_attention(2 * math.prod((*batch, shape[-2], shape[-1], other[-1])))
         return set()
+
+    def _each(self, batch: Shape, names: list[str]) -> int:
+        """How often each matrix of a constant is used under x [*batch, rows, n]; a stack's own batch is in its size."""
+        stack = tuple(self._weights[names[0]].dims)[:-2] if names else ()
+        return math.prod(_broadcast(batch, stack)) // math.prod(stack)
 
     def _count_weights(self, names: list[str], rows: int, cost: StepCost) -> set[str]:
         """x [rows, n] times a constant made of these weights; a product of no rows reads nothing.

@@ -34,11 +34,9 @@ def gate_plot(gate: GateStatistics, experts: Sequence[str]) -> bytes:
     def draw(figure: Figure) -> None:
         blocks, *sites = figure.subplots(1, 4, width_ratios=(1.5, 1, 1, 1))
         rows = gate.blocks[::-1]
-        left = np.zeros(len(rows))
-        for number, name in enumerate(experts):
-            mass = np.array([row.mass[name] for row in rows])
+        masses = np.array([[row.mass[name] for row in rows] for name in experts])
+        for number, (name, mass, left) in enumerate(zip(experts, masses, starts_of(masses), strict=True)):
             blocks.barh(np.arange(len(rows)), mass, left=left, color=_colour(number), label=name, height=0.75)
-            left += mass
         labels = shortened([row.name for row in rows])
         _some_ticks(blocks.set_yticks, labels)
         blocks.set_title("mean scaling by block")
@@ -47,7 +45,7 @@ def gate_plot(gate: GateStatistics, experts: Sequence[str]) -> bytes:
         names = [row.name for row in gate.sites]
         for axes, (field, title) in zip(sites, parts, strict=True):
             values = [[getattr(row, field)[name] for name in experts] for row in gate.sites]
-            _heat(axes, values, experts, names, (0, None), labelled=field == "mass")
+            _heat(axes, values, experts, names, (min(0, np.min(values)), None), labelled=field == "mass")
             axes.set_title(title)
 
     return drawn(draw, max(2.6, 0.17 * len(gate.sites) + 1.2))
@@ -220,6 +218,13 @@ def drawn(draw: Callable[[Figure], None], height: float) -> bytes:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
+
+
+def starts_of(bars: Wide) -> Wide:
+    """Where bars [E, N] begin when they are stacked from 0 on: a gate without softmax has negative ones, too."""
+    sides = np.minimum(bars, 0), np.maximum(bars, 0)
+    behind, ahead = (np.cumsum(side, 0) - side for side in sides)
+    return np.where(bars < 0, behind, ahead)
 
 
 def shortened(names: Sequence[str]) -> list[str]:

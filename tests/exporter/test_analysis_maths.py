@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 
 from exporter.analysis import conflicts
@@ -10,7 +11,8 @@ from exporter.analysis.compression import BINS, BLOCK, error_counts, factors, in
 from exporter.analysis.conflicts import chance, delta_sums, overlap, row_basis, study_experts
 from exporter.analysis.evaluation import Scores
 from exporter.analysis.gate_statistics import GateTally, entropy, statistics
-from exporter.analysis.graph_costs import evaluated, part_of
+from exporter.analysis.graph_costs import GraphCounter, Part, evaluated, part_of
+from exporter.analysis.plots import starts_of
 from exporter.analysis.report import Choice, ExpertStudy, VariantScore
 from exporter.analysis.static_mix import mean_mixes, recommend
 from exporter.analysis.stored_experts import Factors, SiteDeltas, split_path
@@ -18,6 +20,7 @@ from exporter.errors import ExportError
 from exporter.gated import joined_path
 from runtime.manifest import SiteInfo
 from runtime.mix_file import MixFile
+from runtime.signature import Signature, TensorSpec
 
 RNG = np.random.default_rng(7)
 
@@ -146,6 +149,12 @@ def test_pieces_of_texts_are_counted_as_one() -> None:
     assert one.mass == pytest.approx(other.mass)
 
 
+def test_bars_are_stacked_to_either_side_of_zero() -> None:
+    """A gate without softmax has negative means."""
+    bars = np.array([[0.5, -1.0], [0.25, 0.5], [-0.5, -2.0]])  # three experts, two blocks
+    assert starts_of(bars).tolist() == [[0.0, 0.0], [0.5, 0.0], [0.0, -1.0]]
+
+
 # --- scores ---
 
 
@@ -266,6 +275,28 @@ def test_every_error_is_in_one_bin() -> None:
     edges = np.array(BINS)
     assert counts[int(np.searchsorted(edges, 0.5))] == 1
     assert counts[int(np.searchsorted(edges, 2.0))] == 1
+
+
+# --- costs ---
+
+
+def test_stacks_of_matrices_are_counted_once_each() -> None:
+    """Mixtral's block experts: x [1, S, H] meets a stack of N, and what comes out, [N, S, I], another one."""
+    stacks = {"h.0.up.T": (3, 4, 5), "h.0.down.T": (3, 5, 4), "h.0.q.T": (4, 4)}
+    weights = [onnx.numpy_helper.from_array(np.zeros(shape, np.float32), name) for name, shape in stacks.items()]
+    for weight in weights:
+        weight.data_location = onnx.TensorProto.EXTERNAL
+    kinds = {"x": [1, "S", 4], "inner": [3, "S", 5], "y": [3, "S", 4], "z": [3, "S", 4]}
+    x, inner, y, z = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in kinds.items()
+    )
+    products = [("x", "h.0.up.T", "inner"), ("inner", "h.0.down.T", "y"), ("y", "h.0.q.T", "z")]
+    nodes = [onnx.helper.make_node("MatMul", [left, right], [out]) for left, right, out in products]
+    graph = onnx.helper.make_graph(nodes, "g", [x], [z], weights, value_info=[inner, y])
+    signature = Signature((TensorSpec("x", "float32", (1, "S", 4)),), (), ())
+    cost = GraphCounter(onnx.helper.make_model(graph), signature).count({"S": 7})
+    assert cost.flops[Part.BASE] == 2 * 7 * (60 + 60 + 3 * 16)
+    assert cost.weight_bytes[Part.BASE] == 4 * (60 + 60 + 16)
 
 
 # --- names ---
