@@ -154,9 +154,24 @@ def open_all(spec: AnalyzeSpec, clock: StageClock) -> Opened:
             fix="build with --mode dynamic",
             code="E_GRAPH",
         )
+    if manifest.tokenizer is None:
+        raise ExportError(
+            "the bundle has no tokenizer, so it cannot read texts",
+            where=str(spec.bundle),
+            fix="build from a base folder that has a tokenizer.json",
+            code="E_DATA",
+        )
+    text = Text(bundle.file(manifest.tokenizer.path))
+    end = next(iter(manifest.base.eos_token_ids), None)
+    texts = read_texts(spec.data, text, end, manifest.base.max_positions, manifest.base.vocab_size)
+    return Opened(spec, bundle, graph, tuple(texts), clock)
+
+
+def require_analysable(manifest: Manifest, where: str) -> None:
+    """Refuse the kinds of bundle that leave nothing to look at, or that the CPU does not run."""
     if manifest.task is not Task.TEXT_GENERATION:
         need = "a bundle that generates text"
-        raise ExportError("cannot be analysed", where=str(spec.bundle), got=manifest.task, need=need, code="E_TASK")
+        raise ExportError("cannot be analysed", where=where, got=manifest.task, need=need, code="E_TASK")
     if manifest.hot is not None:
         raise ExportError(
             "cannot be analysed: its adapters are inputs",
