@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -93,7 +94,8 @@ def recommendation(
     choice: Choice, mix: str, reason: str, bundle: str, mix_file: str, *, is_gated: bool
 ) -> Recommendation:
     """With the commands; ADAPTERS stands for what the bundle was built from, which it does not know."""
-    generate = f'python -m runtime generate {bundle} --prompt "..."'
+    mix_file = shlex.quote(mix_file)
+    generate = f'python -m runtime generate {shlex.quote(bundle)} --prompt "..."'
     fold = f"python -m exporter build --adapters ADAPTERS --mode static --mix {mix_file} --out STATIC_BUNDLE"
     commands = (
         (f"{generate} --mix {mix_file}", fold)

@@ -65,9 +65,10 @@ def test_the_recommended_commands_work(
     analysed: Analysed, tmp_path: Path, choice: Choice, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As they stand, with the prompt and the paths that only a person knows filled in."""
-    out = tmp_path / "report"
+    out = tmp_path / "my report"
     publish_report(out, analysed.report, "", analysed.mix)
-    bundle = str(analysed.built.bundle.root)
+    (tmp_path / "my bundle").symlink_to(analysed.built.bundle.root)
+    bundle = str(tmp_path / "my bundle")
     found = recommendation(choice, "mean mix by site", "", bundle, str(out / "mix.json"), is_gated=True)
     own = {"...": "the of", "ADAPTERS": str(analysed.built.checkpoint.xlora), "STATIC_BUNDLE": str(tmp_path / "static")}
     tools = {"runtime": run_runtime, "exporter": main}
