@@ -7,7 +7,6 @@ import hashlib
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,7 @@ from exporter.analysis.report import (
 from exporter.analysis.static_mix import GATE, mean_mixes, plain_mixes, recommend, recommendation
 from exporter.analysis.stored_experts import StoredExperts, has_experts
 from exporter.analysis.stored_weights import StoredWeights
+from exporter.describe import version_of
 from exporter.errors import ExportError
 from exporter.training_texts import TrainingText, read_texts
 from exporter.watch import StageClock
@@ -145,6 +145,7 @@ def open_all(spec: AnalyzeSpec, clock: StageClock) -> Opened:
     """The bundle with its dynamic graph, and the texts; everything that can be wrong is found here."""
     bundle = open_bundle(spec.bundle)
     manifest = bundle.manifest
+    require_analysable(manifest, str(spec.bundle))
     graph = next((graph for graph in manifest.graphs if graph.mode is Mode.DYNAMIC), None)
     if graph is None or not manifest.experts or graph.signature.input(SCALINGS) is None:
         raise ExportError(
@@ -175,30 +176,19 @@ def require_analysable(manifest: Manifest, where: str) -> None:
     if manifest.hot is not None:
         raise ExportError(
             "cannot be analysed: its adapters are inputs",
-            where=str(spec.bundle),
+            where=where,
             got="--adapters-as inputs",
             fix="build the same adapters with --adapters-as weights",
             code="E_UNSUPPORTED",
         )
-    if graph.router is not None:
+    if manifest.base.dtype == "bfloat16":
         raise ExportError(
-            "cannot be analysed: routers inside the sites leave no scalings to look at",
-            where=str(spec.bundle),
-            got=f"--router {graph.router.kind}",
-            fix="build the same adapters without --router",
+            "cannot be analysed: ONNX Runtime's CPU does not run it",
+            where=where,
+            got="--dtype bfloat16",
+            fix="build the same with --dtype float32",
             code="E_UNSUPPORTED",
         )
-    if manifest.tokenizer is None:
-        raise ExportError(
-            "the bundle has no tokenizer, so it cannot read texts",
-            where=str(spec.bundle),
-            fix="build from a base folder that has a tokenizer.json",
-            code="E_DATA",
-        )
-    text = Text(bundle.file(manifest.tokenizer.path))
-    end = next(iter(manifest.base.eos_token_ids), None)
-    texts = read_texts(spec.data, text, end, manifest.base.max_positions)
-    return Opened(spec, bundle, graph, tuple(texts), clock)
 
 
 def context_of(spec: AnalyzeSpec, manifest: Manifest) -> int:
@@ -264,8 +254,6 @@ def compression_section(opened: Opened, weights: StoredWeights, reference: str, 
     if not opened.spec.with_compression:
         return CompressionStudy(absent="left out by --no-compression")
     dtype = opened.manifest.base.dtype
-    if dtype == "bfloat16":
-        return CompressionStudy(absent="the CPU runs no bfloat16")
     is_gated = opened.manifest.gate is not None
     study = Study(
         opened.session,
@@ -296,7 +284,7 @@ def made_now(packages: Sequence[str] = PACKAGES) -> Made:
     return Made(
         date=dt.date.today().isoformat(),
         machine=f"{processor()}, {platform.system()} {platform.machine()}",
-        versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
+        versions={"python": platform.python_version(), **{name: version_of(name) for name in packages}},
     )
 
 

@@ -6,12 +6,14 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
+import onnxruntime
 import pytest
 
 from exporter.analysis import publish_report as publishing
-from exporter.analysis.analyze import AnalyzeSpec, analyze, context_of
+from exporter.analysis.analyze import AnalyzeSpec, analyze, context_of, made_now, require_analysable
 from exporter.analysis.page import number, page, share, size
 from exporter.analysis.plots import mix_plot
 from exporter.analysis.publish_report import check_target, publish_report
@@ -268,6 +270,22 @@ def test_targets_that_cannot_be(analysed: Analysed, tmp_path: Path, capsys: pyte
         check_target(tmp_path / "empty", overwrite=False)
 
 
+def test_a_report_inside_the_bundle(analysed: Analysed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would be a file that the bundle does not list."""
+    (tmp_path / "link").symlink_to(analysed.built.bundle.root)
+    for root in (analysed.built.bundle.root, tmp_path / "link"):
+        assert "--out: lies inside the bundle" in refused(words(analysed, root / "report"), capsys)
+    open_bundle(analysed.built.bundle.root)
+
+
+def test_a_bundle_that_the_cpu_does_not_run(analysed: Analysed) -> None:
+    manifest = analysed.built.bundle.manifest
+    brain = manifest.model_copy(update={"base": manifest.base.model_copy(update={"dtype": "bfloat16"})})
+    with pytest.raises(ExportError, match=r"here: cannot be analysed: .*CPU does not run it; got --dtype bfloat16"):
+        require_analysable(brain, "here")
+    require_analysable(manifest, "here")
+
+
 def test_a_context_that_does_not_fit(analysed: Analysed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = analysed.built.bundle.manifest
     most = manifest.base.max_positions - 1
@@ -284,6 +302,19 @@ def test_nothing_is_analysed_after_a_bad_input(analysed: Analysed, monkeypatch: 
         analyze(AnalyzeSpec(analysed.built.bundle.root, analysed.data, context=10**6))
     with pytest.raises(InputError, match="cannot be opened"):
         analyze(AnalyzeSpec(analysed.built.bundle.root, analysed.data.with_name("absent")))
+
+
+def test_onnxruntime_gpu_has_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package of that name is then absent, the module is not."""
+
+    def absent(package: str) -> str:
+        if package == "onnxruntime":
+            raise PackageNotFoundError(package)
+        return "1.2.3"
+
+    monkeypatch.setattr("exporter.describe.version", absent)
+    assert made_now().versions["onnxruntime"] == onnxruntime.__version__
+    assert made_now().versions["numpy"] == "1.2.3"
 
 
 def test_missing_packages_are_named(
