@@ -93,8 +93,15 @@ class Opened:
         settings = SessionSettings(self.manifest.base.max_positions, threads=self.spec.threads, weights=weights or {})
         return open_session("ort", self.bundle.file(self.graph.path), self.graph.signature, settings)
 
+    @property
+    def own(self) -> str | None:
+        """What decides here token by token: the gate, a router inside the sites, or nothing."""
+        if self.manifest.gate is not None:
+            return GATE
+        return None if self.graph.router is None else f"{self.graph.router.kind} router"
+
     def routing(self, mix: MixFile | None) -> Routing:
-        """Of a mix, or with None of the gate."""
+        """Of a mix, or with None of the gate or the router."""
         return routing_for(self.manifest, self.graph, mix)
 
     def teller(self, what: str) -> Callable[[int], None]:
@@ -222,8 +229,7 @@ def gate_section(opened: Opened) -> tuple[GateStatistics | None, dict[str, MixFi
 def mix_section(opened: Opened, means: Mapping[str, MixFile]) -> tuple[MixStudy, MixFile]:
     """Every variant over the texts, all rows of one step; the first is the reference."""
     mixes = {**means, **plain_mixes(opened.manifest)}
-    is_gated = opened.manifest.gate is not None
-    variants = {GATE: opened.routing(None)} if is_gated else {}
+    variants = {} if opened.own is None else {opened.own: opened.routing(None)}
     variants |= {name: opened.routing(mix) for name, mix in mixes.items()}
     session = opened.session()
     try:
@@ -231,6 +237,7 @@ def mix_section(opened: Opened, means: Mapping[str, MixFile]) -> tuple[MixStudy,
     finally:
         session.close()
     choice, name, reason = recommend(scores, mixes)
+    is_gated = opened.own is not None
     found = recommendation(choice, name, reason, str(opened.spec.bundle), opened.spec.mix_file, is_gated=is_gated)
     return MixStudy(reference=scores[0].name, scores=scores, recommendation=found), mixes[name]
 
@@ -250,19 +257,17 @@ def expert_section(opened: Opened, weights: StoredWeights) -> ExpertStudy:
 
 
 def compression_section(opened: Opened, weights: StoredWeights, reference: str, mix: MixFile) -> CompressionStudy:
-    """Under the gate, or without one under the recommended mix."""
+    """Under the gate or router, or without one under the recommended mix."""
     if not opened.spec.with_compression:
         return CompressionStudy(absent="left out by --no-compression")
-    dtype = opened.manifest.base.dtype
-    is_gated = opened.manifest.gate is not None
     study = Study(
         opened.session,
         weights,
         linear_sites(opened.manifest.sites),
         opened.texts,
-        reference if is_gated else "recommended mix",
-        opened.routing(None if is_gated else mix),
-        DTYPES[dtype],
+        opened.own or "recommended mix",
+        opened.routing(mix if opened.own is None else None),
+        DTYPES[opened.manifest.base.dtype],
     )
     return study_compression(study, opened.clock.progress)
 

@@ -207,6 +207,26 @@ def test_a_mix_is_recommended_where_it_keeps_every_threshold(
     assert recommend(scores, {})[:2] == (choice, mix)
 
 
+def test_without_a_gate_a_base_that_is_no_worse_is_said() -> None:
+    base, expert = score("base", 1.0, 0.0, 1.0), score("expert a", 2.0, 0.5, 0.7)
+    choice, mix, reason = recommend([base, expert], {})
+    assert (choice, mix) == (Choice.STATIC, "expert a")
+    assert f"the base alone has {np.e:.4g}: none of them helps here" in reason
+    assert "base alone" not in recommend([base, score("expert a", 0.9, 0.5, 0.7)], {})[2]
+
+
+def test_a_router_is_held_against_the_nearest_of_all_mixes() -> None:
+    router = score("arrow router", 1.0, 0.0, 1.0)
+    scores = [router, score("base", 1.0, 0.0, 1.0), score("expert a", *FAR), score("uniform mix", 1.5, 0.4, 0.8)]
+    choice, mix, reason = recommend(scores, {})
+    assert (choice, mix) == (Choice.DYNAMIC, "uniform mix"), "the base is no static mix"
+    assert "comes near the arrow router" in reason
+    assert "predicts these texts better" not in reason
+    better = score("expert b", 0.5, 0.5, 0.7)
+    assert "But expert b predicts these texts better than the arrow router" in recommend([*scores, better], {})[2]
+    assert recommend([*scores, score("expert b", *NEAR)], {})[:2] == (Choice.STATIC, "expert b")
+
+
 def test_mean_mixes_are_means() -> None:
     mean = np.array([[0.9, 0.1], [0.5, 0.5]])
     mixes = mean_mixes(mean, ["a", "b"], ["h.0.q", "h.0.k"])
@@ -328,5 +348,6 @@ def test_weights_belong_to_their_parts() -> None:
     names = {
         "model.layers.0.q.weight.T": "base", "h.0.q+k.lora_a.T": "lora a", "h.0.q.lora_b": "lora b",
         "h.0.q.out_shift": "lora b", "gate.layers.0.weight.T": "gate", "columns.scale": "gate",
+        "h.0.q+k.prototypes.T": "router", "h.0.q+k.owners": "router",
     }  # fmt: skip
     assert {name: part_of(name).value for name in names} == names

@@ -26,8 +26,7 @@ from runtime.cli import main as run_runtime
 from runtime.errors import InputError, MachineError
 from runtime.mix_file import MixFile, read_mix
 from tests.exporter.analysed import Analysed
-from tests.runtime.tiny_bundles import BYTE_SHAPE, tiny_bundle
-from tests.runtime.tiny_graphs import TinyShape
+from tests.runtime.tiny_bundles import tiny_bundle
 
 FILES = ["mix.json", "report.html", "report.json"]
 
@@ -125,6 +124,15 @@ def test_a_page_says_what_was_not_measured(analysed: Analysed) -> None:
     assert "Not measured: they are inputs &lt;b&gt;." in html
     assert "Not measured: why." in html
     assert "Thresholds for a static mix" not in html
+
+
+def test_the_page_of_a_routed_bundle_says_why_nothing_is_counted(analysed: Analysed) -> None:
+    mixes = analysed.report.mixes.model_copy(update={"reference": "arrow router"})
+    html = page(analysed.report.model_copy(update={"gate": None, "mixes": mixes}))
+    assert "This bundle has no gate but the arrow router, which decides inside each module" in html
+    assert "never depend on the token" not in html
+    assert "The mean mixes are" not in html
+    assert "times the arrow router's." in html
 
 
 def test_numbers_are_shown_with_three_digits() -> None:
@@ -247,13 +255,6 @@ def test_a_bundle_without_a_tokenizer(analysed: Analysed, tmp_path: Path, capsys
     command = words(analysed, tmp_path / "report")
     command[1] = str(tiny_bundle(tmp_path / "mute", tokenizer=False))
     assert "the bundle has no tokenizer, so it cannot read texts" in refused(command, capsys)
-
-
-def test_a_bundle_with_a_router(analysed: Analysed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = words(analysed, tmp_path / "report")
-    shape = TinyShape(vocab=BYTE_SHAPE.vocab, gate=False, router=True)
-    command[1] = str(tiny_bundle(tmp_path / "routed", shape))
-    assert "routers inside the sites leave no scalings to look at" in refused(command, capsys)
 
 
 def test_targets_that_cannot_be(analysed: Analysed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
