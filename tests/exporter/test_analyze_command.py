@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError
+from itertools import combinations
 from pathlib import Path
 
 import onnxruntime
@@ -17,7 +18,7 @@ from exporter.analysis.analyze import AnalyzeSpec, analyze, context_of, made_now
 from exporter.analysis.page import number, page, share, size
 from exporter.analysis.plots import mix_plot
 from exporter.analysis.publish_report import check_target, publish_report
-from exporter.analysis.report import Choice, ExpertStudy, Report
+from exporter.analysis.report import Choice, CompressionStudy, ExpertStudy, GateRow, Report
 from exporter.analysis.static_mix import recommendation
 from exporter.cli import main
 from exporter.errors import ExportError
@@ -28,6 +29,7 @@ from runtime.mix_file import MixFile, read_mix
 from tests.exporter.analysed import Analysed
 from tests.runtime.tiny_bundles import tiny_bundle
 
+NO_COMPRESSION = CompressionStudy(absent="why")
 FILES = ["mix.json", "report.html", "report.json"]
 
 
@@ -128,11 +130,34 @@ def test_a_page_says_what_was_not_measured(analysed: Analysed) -> None:
 
 def test_the_page_of_a_routed_bundle_says_why_nothing_is_counted(analysed: Analysed) -> None:
     mixes = analysed.report.mixes.model_copy(update={"reference": "arrow router"})
-    html = page(analysed.report.model_copy(update={"gate": None, "mixes": mixes}))
+    html = page(analysed.report.model_copy(update={"gate": None, "mixes": mixes, "compression": NO_COMPRESSION}))
     assert "This bundle has no gate but the arrow router, which decides inside each module" in html
     assert "never depend on the token" not in html
     assert "The mean mixes are" not in html
     assert "times the arrow router's." in html
+
+
+@pytest.mark.filterwarnings("error")
+def test_many_experts_fit(analysed: Analysed) -> None:
+    """Plots that leave no room warn that they are not laid out; tables with columns by expert scroll."""
+    report, names = analysed.report, [f"expert-number-{number}" for number in range(20)]
+    assert report.gate is not None
+
+    def crowded(row: GateRow) -> GateRow:
+        return row.model_copy(update={field: dict.fromkeys(names, 0.05) for field in ("mass", "deviation", "top1")})
+
+    groups = {field: tuple(map(crowded, getattr(report.gate, field))) for field in ("blocks", "sites")}
+    gate = report.gate.model_copy(update={"model": crowded(report.gate.model), **groups})
+    pair = report.conflicts.pairs[0]
+    pairs = [
+        pair.model_copy(update={"first": one, "second": other, "sign_conflict": None})
+        for one, other in combinations(names, 2)
+    ]
+    norms = [report.conflicts.norms[0].model_copy(update={"expert": name}) for name in names]
+    conflicts = ExpertStudy(pairs=tuple(pairs), norms=tuple(norms))
+    update = {"experts": tuple(names), "gate": gate, "conflicts": conflicts, "compression": NO_COMPRESSION}
+    html = page(report.model_copy(update=update))
+    assert html.count('<div class="scroll"><table') == 2
 
 
 def test_numbers_are_shown_with_three_digits() -> None:
