@@ -53,5 +53,14 @@ def describe(
         artifacts=(),
         sources=source_files(adapters, base),
         reports=tuple(reports),
-        versions={package: version(package) for package in VERSIONED},
+        versions={package: version_of(package) for package in VERSIONED},
     )
+
+
+def version_of(package: str) -> str:
+    """The version of an installed package; ONNX Runtime's says so itself, for onnxruntime-gpu may have brought it."""
+    if package != "onnxruntime":
+        return version(package)
+    import onnxruntime
+
+    return str(onnxruntime.__version__)

@@ -91,8 +91,8 @@ def training_texts(parts: Parts, spec: LearnSpec) -> list[TrainingText]:
     tokenizer = base_tokenizer(parts.inputs.base)
     if tokenizer is None:
         raise ExportError("has no tokenizer that can be read", where=f"base {parts.inputs.base.name}")
-    longest = base_info(parts.inputs.base, parts.model, DType.FLOAT32).max_positions
-    return read_texts(spec.data, tokenizer, end_token(parts.model), longest)
+    info = base_info(parts.inputs.base, parts.model, DType.FLOAT32)
+    return read_texts(spec.data, tokenizer, end_token(parts.model), info.max_positions, info.vocab_size)
 
 
 def end_token(model: Any) -> int | None:

@@ -34,8 +34,10 @@ class TrainingText:
     learned_from: int
 
 
-def read_texts(path: Path, tokenizer: Text, end_token: int | None, longest: int) -> list[TrainingText]:
-    """All lines, or one error that names every bad one.
+def read_texts(
+    path: Path, tokenizer: Text, end_token: int | None, longest: int, vocabulary: int | None = None
+) -> list[TrainingText]:
+    """All lines, or one error that names every bad one. `vocabulary`: a tokenizer may know more tokens than the model.
 
     A completion is learned with the end token after it; a text from its second token on, without an end.
     """
@@ -50,6 +52,8 @@ def read_texts(path: Path, tokenizer: Text, end_token: int | None, longest: int)
             text = _encoded(_parsed(line), tokenizer, end_token)
             if not text.learned_from < len(text.ids) <= longest:
                 raise ValueError(f"has {len(text.ids)} tokens, of which {text.learned_from} are given")
+            if vocabulary is not None and max(text.ids) >= vocabulary:
+                raise ValueError(f"has the token {max(text.ids)}, and the model knows 0 to {vocabulary - 1}")
             texts.append(text)
         except ValueError as error:
             got = " ".join(str(error).split())[:200]

@@ -7,7 +7,6 @@ import hashlib
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,7 @@ from exporter.analysis.report import (
 from exporter.analysis.static_mix import GATE, mean_mixes, plain_mixes, recommend, recommendation
 from exporter.analysis.stored_experts import StoredExperts, has_experts
 from exporter.analysis.stored_weights import StoredWeights
+from exporter.describe import version_of
 from exporter.errors import ExportError
 from exporter.training_texts import TrainingText, read_texts
 from exporter.watch import StageClock
@@ -93,8 +93,15 @@ class Opened:
         settings = SessionSettings(self.manifest.base.max_positions, threads=self.spec.threads, weights=weights or {})
         return open_session("ort", self.bundle.file(self.graph.path), self.graph.signature, settings)
 
+    @property
+    def own(self) -> str | None:
+        """What decides here token by token: the gate, a router inside the sites, or nothing."""
+        if self.manifest.gate is not None:
+            return GATE
+        return None if self.graph.router is None else f"{self.graph.router.kind} router"
+
     def routing(self, mix: MixFile | None) -> Routing:
-        """Of a mix, or with None of the gate."""
+        """Of a mix, or with None of the gate or the router."""
         return routing_for(self.manifest, self.graph, mix)
 
     def teller(self, what: str) -> Callable[[int], None]:
@@ -145,6 +152,7 @@ def open_all(spec: AnalyzeSpec, clock: StageClock) -> Opened:
     """The bundle with its dynamic graph, and the texts; everything that can be wrong is found here."""
     bundle = open_bundle(spec.bundle)
     manifest = bundle.manifest
+    require_analysable(manifest, str(spec.bundle))
     graph = next((graph for graph in manifest.graphs if graph.mode is Mode.DYNAMIC), None)
     if graph is None or not manifest.experts or graph.signature.input(SCALINGS) is None:
         raise ExportError(
@@ -153,25 +161,6 @@ def open_all(spec: AnalyzeSpec, clock: StageClock) -> Opened:
             got=", ".join(f"{graph.name} ({graph.mode})" for graph in manifest.graphs),
             fix="build with --mode dynamic",
             code="E_GRAPH",
-        )
-    if manifest.task is not Task.TEXT_GENERATION:
-        need = "a bundle that generates text"
-        raise ExportError("cannot be analysed", where=str(spec.bundle), got=manifest.task, need=need, code="E_TASK")
-    if manifest.hot is not None:
-        raise ExportError(
-            "cannot be analysed: its adapters are inputs",
-            where=str(spec.bundle),
-            got="--adapters-as inputs",
-            fix="build the same adapters with --adapters-as weights",
-            code="E_UNSUPPORTED",
-        )
-    if graph.router is not None:
-        raise ExportError(
-            "cannot be analysed: routers inside the sites leave no scalings to look at",
-            where=str(spec.bundle),
-            got=f"--router {graph.router.kind}",
-            fix="build the same adapters without --router",
-            code="E_UNSUPPORTED",
         )
     if manifest.tokenizer is None:
         raise ExportError(
@@ -182,8 +171,31 @@ def open_all(spec: AnalyzeSpec, clock: StageClock) -> Opened:
         )
     text = Text(bundle.file(manifest.tokenizer.path))
     end = next(iter(manifest.base.eos_token_ids), None)
-    texts = read_texts(spec.data, text, end, manifest.base.max_positions)
+    texts = read_texts(spec.data, text, end, manifest.base.max_positions, manifest.base.vocab_size)
     return Opened(spec, bundle, graph, tuple(texts), clock)
+
+
+def require_analysable(manifest: Manifest, where: str) -> None:
+    """Refuse the kinds of bundle that leave nothing to look at, or that the CPU does not run."""
+    if manifest.task is not Task.TEXT_GENERATION:
+        need = "a bundle that generates text"
+        raise ExportError("cannot be analysed", where=where, got=manifest.task, need=need, code="E_TASK")
+    if manifest.hot is not None:
+        raise ExportError(
+            "cannot be analysed: its adapters are inputs",
+            where=where,
+            got="--adapters-as inputs",
+            fix="build the same adapters with --adapters-as weights",
+            code="E_UNSUPPORTED",
+        )
+    if manifest.base.dtype == "bfloat16":
+        raise ExportError(
+            "cannot be analysed: ONNX Runtime's CPU does not run it",
+            where=where,
+            got="--dtype bfloat16",
+            fix="build the same with --dtype float32",
+            code="E_UNSUPPORTED",
+        )
 
 
 def context_of(spec: AnalyzeSpec, manifest: Manifest) -> int:
@@ -217,8 +229,7 @@ def gate_section(opened: Opened) -> tuple[GateStatistics | None, dict[str, MixFi
 def mix_section(opened: Opened, means: Mapping[str, MixFile]) -> tuple[MixStudy, MixFile]:
     """Every variant over the texts, all rows of one step; the first is the reference."""
     mixes = {**means, **plain_mixes(opened.manifest)}
-    is_gated = opened.manifest.gate is not None
-    variants = {GATE: opened.routing(None)} if is_gated else {}
+    variants = {} if opened.own is None else {opened.own: opened.routing(None)}
     variants |= {name: opened.routing(mix) for name, mix in mixes.items()}
     session = opened.session()
     try:
@@ -226,6 +237,7 @@ def mix_section(opened: Opened, means: Mapping[str, MixFile]) -> tuple[MixStudy,
     finally:
         session.close()
     choice, name, reason = recommend(scores, mixes)
+    is_gated = opened.own is not None
     found = recommendation(choice, name, reason, str(opened.spec.bundle), opened.spec.mix_file, is_gated=is_gated)
     return MixStudy(reference=scores[0].name, scores=scores, recommendation=found), mixes[name]
 
@@ -245,21 +257,17 @@ def expert_section(opened: Opened, weights: StoredWeights) -> ExpertStudy:
 
 
 def compression_section(opened: Opened, weights: StoredWeights, reference: str, mix: MixFile) -> CompressionStudy:
-    """Under the gate, or without one under the recommended mix."""
+    """Under the gate or router, or without one under the recommended mix."""
     if not opened.spec.with_compression:
         return CompressionStudy(absent="left out by --no-compression")
-    dtype = opened.manifest.base.dtype
-    if dtype == "bfloat16":
-        return CompressionStudy(absent="the CPU runs no bfloat16")
-    is_gated = opened.manifest.gate is not None
     study = Study(
         opened.session,
         weights,
         linear_sites(opened.manifest.sites),
         opened.texts,
-        reference if is_gated else "recommended mix",
-        opened.routing(None if is_gated else mix),
-        DTYPES[dtype],
+        opened.own or "recommended mix",
+        opened.routing(mix if opened.own is None else None),
+        DTYPES[opened.manifest.base.dtype],
     )
     return study_compression(study, opened.clock.progress)
 
@@ -281,7 +289,7 @@ def made_now(packages: Sequence[str] = PACKAGES) -> Made:
     return Made(
         date=dt.date.today().isoformat(),
         machine=f"{processor()}, {platform.system()} {platform.machine()}",
-        versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
+        versions={"python": platform.python_version(), **{name: version_of(name) for name in packages}},
     )
 
 

@@ -54,6 +54,7 @@ def _expert_rows(
         # Without logits the head does not run.
         run = [site for site in sites if site.kind != "lm_head" or step is steps[-1]]
         products = cost.products - sum(step.products[part] for part in LORA) + sum(map(_expert_products, run))
+        products += sum(counter.has_dora(site.path) for site in run)
         loops.append(cost.model_copy(update={"products": products}))
         factors += sum(sum(site.ranks) * tokens[site.kind] for site in run)
         added += sum(counter.outputs(site.path) * len(site.experts) * tokens[site.kind] for site in run)

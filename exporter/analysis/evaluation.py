@@ -14,7 +14,7 @@ from runtime.measures import divergence, logsumexp
 from runtime.passes import CHUNK, Routing, constant
 from runtime.rows import Rows
 from runtime.session import Session
-from runtime.signature import LOGITS, CacheStyle
+from runtime.signature import LOGITS, ROUTER, CacheStyle
 
 Floats = NDArray[np.float32]
 Wide = NDArray[np.float64]
@@ -84,7 +84,10 @@ def _logits(
     tokens = np.tile(part, (len(routings), 1))
     scalings = np.stack([_scalings(routing, part, gate) for routing in routings])
     places = np.tile(index, (len(routings), 1))
-    rows = Rows(tokens, np.full(len(routings), len(part)), slice(1, 1 + len(routings)), scalings, places)
+    router = None
+    if session.signature.input(ROUTER) is not None:
+        router = np.array([routing.is_routed for routing in routings], np.float32)
+    rows = Rows(tokens, np.full(len(routings), len(part)), slice(1, 1 + len(routings)), scalings, places, router)
     return session.step(rows).logits
 
 

@@ -27,6 +27,7 @@ class Part(StrEnum):
     LORA_A = "lora a"
     LORA_B = "lora b"
     GATE = "gate"
+    ROUTER = "router"  # inside the sites
     ATTENTION = "attention"  # products of two computed tensors
 
 
@@ -37,6 +38,8 @@ def part_of(weight: str) -> Part:
         return Part.LORA_A
     if name.endswith((".lora_b", ".out_shift")):
         return Part.LORA_B
+    if name.endswith((".prototypes", ".owners")):
+        return Part.ROUTER
     return Part.GATE if name.startswith(("gate.", "columns.")) else Part.BASE
 
 
@@ -67,10 +70,10 @@ class GraphCounter:
         self._shapes = {value.name: _dimensions(value) for value in values}
 
     def parameters(self) -> dict[Part, int]:
-        """Numbers in stored weights, by part; `columns.*` are not parameters."""
+        """Numbers in stored weights, by part; `columns.*` and whole numbers are not parameters."""
         found = dict.fromkeys(Part, 0)
         for name, tensor in self._weights.items():
-            if _is_stored(tensor) and not name.startswith("columns."):
+            if _is_stored(tensor) and tensor.data_type in FLOATS and not name.startswith("columns."):
                 found[part_of(name)] += math.prod(tensor.dims)
         return found
 
@@ -79,6 +82,10 @@ class GraphCounter:
         name = f"{site}.lora_b"
         upright, turned = self._weights.get(name), self._weights.get(f"{name}.T")
         return int(upright.dims[0]) if upright is not None else int(turned.dims[1]) if turned is not None else 0
+
+    def has_dora(self, site: str) -> bool:
+        """Whether one more product picks the scale of the site's outputs."""
+        return f"{site}.out_shift" in self._weights
 
     def count(self, sizes: Mapping[str, int]) -> StepCost:
         """One step. What is not counted by its node's rule, but is a matrix, is an error: nothing is left out."""
@@ -126,12 +133,17 @@ class GraphCounter:
         shape = self._shape(left, symbols)
         if names is not None:
             is_turned = any(a.name == "transA" and a.i for a in node.attribute)
-            rows = math.prod(shape[1:] if is_turned else shape[:-1])
+            rows = shape[-1 if is_turned else -2] * self._each(shape[:-2], names)
             return self._count_weights(names, rows, cost)
         other = self._shape(right, symbols)
         batch = _broadcast(shape[:-2], other[:-2])
         cost.add_attention(2 * math.prod((*batch, shape[-2], shape[-1], other[-1])))
         return set()
+
+    def _each(self, batch: Shape, names: list[str]) -> int:
+        """How often each matrix of a constant is used under x [*batch, rows, n]; a stack's own batch is in its size."""
+        stack = tuple(self._weights[names[0]].dims)[:-2] if names else ()
+        return math.prod(_broadcast(batch, stack)) // math.prod(stack)
 
     def _count_weights(self, names: list[str], rows: int, cost: StepCost) -> set[str]:
         """x [rows, n] times a constant made of these weights; a product of no rows reads nothing.

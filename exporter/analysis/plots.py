@@ -17,8 +17,9 @@ from exporter.analysis.report import CompressionStudy, CostTable, ExpertStudy, G
 from exporter.mixture import blocks_of
 
 Wide = NDArray[np.float64]
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#666666")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#666666", "#000000")
 GREY, ACCENT = "#9aa3ad", "#0072B2"
+FEW = 6  # experts whose names and numbers fit into a quarter of the width
 WIDTH = 9.4  # inches at 100 dots each: fits into 1000 px with the page's margins
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "path", "svg.hashsalt": "analysis", "font.family": "DejaVu Sans", "font.size": 9,
@@ -34,20 +35,18 @@ def gate_plot(gate: GateStatistics, experts: Sequence[str]) -> bytes:
     def draw(figure: Figure) -> None:
         blocks, *sites = figure.subplots(1, 4, width_ratios=(1.5, 1, 1, 1))
         rows = gate.blocks[::-1]
-        left = np.zeros(len(rows))
-        for number, name in enumerate(experts):
-            mass = np.array([row.mass[name] for row in rows])
+        masses = np.array([[row.mass[name] for row in rows] for name in experts])
+        for number, (name, mass, left) in enumerate(zip(experts, masses, starts_of(masses), strict=True)):
             blocks.barh(np.arange(len(rows)), mass, left=left, color=_colour(number), label=name, height=0.75)
-            left += mass
         labels = shortened([row.name for row in rows])
         _some_ticks(blocks.set_yticks, labels)
         blocks.set_title("mean scaling by block")
-        blocks.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=min(len(experts), 4), handlelength=1)
+        figure.legend(*blocks.get_legend_handles_labels(), loc="outside lower center", ncols=5, handlelength=1)
         parts = ("mass", "mean scaling"), ("deviation", "its deviation"), ("top1", "top-1 share")
         names = [row.name for row in gate.sites]
         for axes, (field, title) in zip(sites, parts, strict=True):
             values = [[getattr(row, field)[name] for name in experts] for row in gate.sites]
-            _heat(axes, values, experts, names, (0, None), labelled=field == "mass")
+            _heat(axes, values, experts, names, (min(0, np.min(values)), None), labelled=field == "mass")
             axes.set_title(title)
 
     return drawn(draw, max(2.6, 0.17 * len(gate.sites) + 1.2))
@@ -92,6 +91,7 @@ def mix_plot(study: MixStudy) -> bytes:
 def pair_plot(study: ExpertStudy, experts: Sequence[str]) -> bytes:
     """One matrix a measure, means over the sites that both experts change; a dash where there is none."""
     names = list(experts)
+    rows = 1 if len(names) <= FEW else 2
     measures = (
         ("input_overlap", "overlap of inputs (a)", (0, 1), "cividis"),
         ("output_overlap", "overlap of outputs (b)", (0, 1), "cividis"),
@@ -100,7 +100,8 @@ def pair_plot(study: ExpertStudy, experts: Sequence[str]) -> bytes:
     )
 
     def draw(figure: Figure) -> None:
-        for axes, (field, title, limits, colours) in zip(figure.subplots(1, 4), measures, strict=True):
+        panels = figure.subplots(rows, 4 // rows).flat
+        for axes, (field, title, limits, colours) in zip(panels, measures, strict=True):
             values = np.full((len(names), len(names)), np.nan)
             for first in range(len(names)):
                 for second in range(first):
@@ -108,13 +109,14 @@ def pair_plot(study: ExpertStudy, experts: Sequence[str]) -> bytes:
                     found = [getattr(p, field) for p in study.pairs if {p.first, p.second} == pair]
                     kept = [value for value in found if value is not None]
                     values[first, second] = np.mean(kept) if kept else np.nan
-            _heat(axes, values[1:, :-1], names[:-1], names[1:], limits, colours=colours, numbers=True)
+            is_few = len(names) <= 2 * FEW
+            _heat(axes, values[1:, :-1], names[:-1], names[1:], limits, colours=colours, numbers=is_few)
             axes.set_facecolor("white")
             for row, column in np.argwhere(np.isnan(np.where(np.tri(len(names) - 1) > 0, values[1:, :-1], 0))):
                 axes.text(column, row, "–", ha="center", va="center", color="#6b7280")
             axes.set_title(title)
 
-    return drawn(draw, 1.1 + 0.42 * len(names))
+    return drawn(draw, rows * (1.1 + 0.42 / rows * len(names)))
 
 
 def norm_plot(study: ExpertStudy, experts: Sequence[str]) -> bytes:
@@ -222,6 +224,13 @@ def drawn(draw: Callable[[Figure], None], height: float) -> bytes:
     return buffer.getvalue()
 
 
+def starts_of(bars: Wide) -> Wide:
+    """Where bars [E, N] begin when they are stacked from 0 on: a gate without softmax has negative ones, too."""
+    sides = np.minimum(bars, 0), np.maximum(bars, 0)
+    behind, ahead = (np.cumsum(side, 0) - side for side in sides)
+    return np.where(bars < 0, behind, ahead)
+
+
 def shortened(names: Sequence[str]) -> list[str]:
     """Without the parts that all names begin with, "model.layers." for most."""
     split = [name.split(".") for name in names]
@@ -242,7 +251,10 @@ def _heat(
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     is_tight = sum(map(len, columns)) > (12 if bar and not numbers else 40)
-    turned: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if is_tight else {}
+    angle = 40 if len(columns) <= FEW else 90
+    turned: dict[str, Any] = {"rotation": angle, "ha": "right", "rotation_mode": "anchor"} if is_tight else {}
+    if angle == 90:
+        turned |= {"va": "center"}
     axes.set_xticks(np.arange(len(columns)), columns, fontsize=8, **turned)
     _some_ticks(axes.set_yticks, shortened(rows))
     axes.tick_params(labelleft=labelled)

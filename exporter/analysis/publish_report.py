@@ -15,6 +15,13 @@ PAGE, NUMBERS, MIX = "report.html", "report.json", "mix.json"
 FILES = {PAGE, NUMBERS, MIX}
 
 
+def check_outside(out: Path, bundle: Path) -> None:
+    """Refuse a report inside the bundle: a bundle with a file that it does not list cannot be opened."""
+    if out.resolve().is_relative_to(bundle.resolve()):
+        fix = "choose a folder outside the bundle"
+        raise ExportError("lies inside the bundle", where="--out", got=str(out), fix=fix, code="E_PATH")
+
+
 def check_target(out: Path, *, overwrite: bool) -> None:
     """Refuse a target before any work: only a report is ever replaced, and only when asked."""
     if not os.path.lexists(out):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -38,54 +39,57 @@ def plain_mixes(manifest: Manifest) -> dict[str, MixFile]:
 
 def recommend(scores: Sequence[VariantScore], mixes: Mapping[str, MixInfo]) -> tuple[Choice, str, str]:
     """Static or dynamic, the mix to write, and the reason. The first score is the reference's."""
-    by_name = {score.name: score for score in scores}
-    if GATE not in by_name:
-        best = min((score for score in scores if score.name != BASE), key=lambda score: score.loss)
-        return (
-            Choice.STATIC,
-            best.name,
-            (
-                "There is no gate: scalings never depend on the token, so a mix folded into the weights is the same "
-                "model at "
-                f"the base's cost. Of the mixes tried, {best.name} has the lowest perplexity, {best.perplexity:.4g}; "
-                "learn-mix may find a better one."
-            ),
-        )
-    gate = by_name[GATE]
-    means = [by_name[name] for name in (MEAN, MEAN_BY_SITE) if name in by_name]
-    for score in means:
-        if not failures(score, gate):
+    own, *others = scores
+    if own.name == BASE:
+        return (Choice.STATIC, *best_of(own, others))
+    static = [score for score in others if score.name in (MEAN, MEAN_BY_SITE)]
+    if own.name != GATE:  # what a router inside the sites says has no mean here: all there is, the nearest first
+        static = sorted((score for score in others if score.name != BASE), key=lambda score: score.divergence)
+    for score in static:
+        if not failures(score, own):
             return (
                 Choice.STATIC,
                 score.name,
-                f"The {score.name} keeps within every threshold ({measured(score, gate)}).",
+                f"The {score.name} keeps within every threshold ({measured(score, own)}).",
             )
-    nearest = min(means, key=lambda score: score.divergence)
-    return (
-        Choice.DYNAMIC,
-        nearest.name,
-        (
-            f"No static mix comes near the gate. The nearest, the {nearest.name}, fails on "
-            f"{' and '.join(failures(nearest, gate))} ({measured(nearest, gate)})."
-        ),
+    nearest, best = min(static, key=lambda score: score.divergence), min(others, key=lambda score: score.loss)
+    reason = (
+        f"No static mix tried comes near the {own.name}. The nearest, the {nearest.name}, fails on "
+        f"{' and '.join(failures(nearest, own))} ({measured(nearest, own)})."
     )
+    if best.loss < own.loss:
+        reason += f" But {best.name} predicts these texts better than the {own.name}: perplexity {best.perplexity:.4g}."
+    return Choice.DYNAMIC, nearest.name, reason
 
 
-def failures(score: VariantScore, gate: VariantScore) -> list[str]:
+def best_of(base: VariantScore, others: Sequence[VariantScore]) -> tuple[str, str]:
+    """The mix and the reason where nothing depends on the token."""
+    best = min(others, key=lambda score: score.loss)
+    reason = (
+        "There is no gate: scalings never depend on the token, so a mix folded into the weights is the same "
+        f"model at the base's cost. Of the mixes tried, {best.name} has the lowest perplexity, {best.perplexity:.4g}; "
+        "learn-mix may find a better one."
+    )
+    if best.loss >= base.loss:
+        reason += f" But the base alone has {base.perplexity:.4g}: none of them helps here."
+    return best.name, reason
+
+
+def failures(score: VariantScore, own: VariantScore) -> list[str]:
     """Which thresholds a mix breaks."""
     checks = {
         "divergence": score.divergence <= THRESHOLDS.divergence,
         "agreement": score.agreement >= THRESHOLDS.agreement,
-        "perplexity": score.loss - gate.loss <= float(np.log(THRESHOLDS.perplexity_ratio)),
+        "perplexity": score.loss - own.loss <= float(np.log(THRESHOLDS.perplexity_ratio)),
     }
     return [name for name, is_kept in checks.items() if not is_kept]
 
 
-def measured(score: VariantScore, gate: VariantScore) -> str:
-    """A mix's distance from the gate in words."""
+def measured(score: VariantScore, own: VariantScore) -> str:
+    """A mix's distance from the gate or router in words."""
     return (
         f"KL {score.divergence:.3g} nats, the same top token at {score.agreement:.1%} of positions, "
-        f"perplexity {score.perplexity:.4g} against {gate.perplexity:.4g}"
+        f"perplexity {score.perplexity:.4g} against {own.perplexity:.4g}"
     )
 
 
@@ -93,7 +97,8 @@ def recommendation(
     choice: Choice, mix: str, reason: str, bundle: str, mix_file: str, *, is_gated: bool
 ) -> Recommendation:
     """With the commands; ADAPTERS stands for what the bundle was built from, which it does not know."""
-    generate = f'python -m runtime generate {bundle} --prompt "..."'
+    mix_file = shlex.quote(mix_file)
+    generate = f'python -m runtime generate {shlex.quote(bundle)} --prompt "..."'
     fold = f"python -m exporter build --adapters ADAPTERS --mode static --mix {mix_file} --out STATIC_BUNDLE"
     commands = (
         (f"{generate} --mix {mix_file}", fold)

@@ -123,9 +123,12 @@ def column_scales(
     for path in (path for group in groups for path in group):
         site = manifest.sites[place[path]]
         owners = np.repeat([column[expert] for expert in site.experts], site.ranks)
-        found = index[start : start + len(owners)]
-        if not any(np.array_equal(found, owners + offset) for offset in (0, place[path] * len(column))):
+        columns = slice(start, start + len(owners))
+        found, scales[path] = index[columns], scale[columns]
+        is_owned = scales[path] != 0  # a column whose scale is 0 may name anyone
+        if len(found) != len(owners) or not any(
+            np.array_equal(found[is_owned], owners[is_owned] + offset) for offset in (0, place[path] * len(column))
+        ):
             raise ExportError("the manifest's ranks are not those of the rank columns", where=path, code="E_BUNDLE")
-        scales[path] = scale[start : start + len(owners)]
         start += len(owners)
     return scales

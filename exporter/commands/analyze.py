@@ -43,8 +43,9 @@ def run(args: argparse.Namespace) -> int:
         _require_packages()
         from exporter.analysis.analyze import AnalyzeSpec, analyze
         from exporter.analysis.page import page
-        from exporter.analysis.publish_report import MIX, check_target, publish_report
+        from exporter.analysis.publish_report import MIX, check_outside, check_target, publish_report
 
+        check_outside(args.out, args.bundle)
         check_target(args.out, overwrite=args.overwrite)
         spec = AnalyzeSpec(
             args.bundle, args.data, str(args.out / MIX), args.context, args.threads, not args.no_compression

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 
 from exporter.analysis import conflicts
@@ -10,7 +11,8 @@ from exporter.analysis.compression import BINS, BLOCK, error_counts, factors, in
 from exporter.analysis.conflicts import chance, delta_sums, overlap, row_basis, study_experts
 from exporter.analysis.evaluation import Scores
 from exporter.analysis.gate_statistics import GateTally, entropy, statistics
-from exporter.analysis.graph_costs import evaluated, part_of
+from exporter.analysis.graph_costs import GraphCounter, Part, evaluated, part_of
+from exporter.analysis.plots import starts_of
 from exporter.analysis.report import Choice, ExpertStudy, VariantScore
 from exporter.analysis.static_mix import mean_mixes, recommend
 from exporter.analysis.stored_experts import Factors, SiteDeltas, split_path
@@ -18,6 +20,7 @@ from exporter.errors import ExportError
 from exporter.gated import joined_path
 from runtime.manifest import SiteInfo
 from runtime.mix_file import MixFile
+from runtime.signature import Signature, TensorSpec
 
 RNG = np.random.default_rng(7)
 
@@ -146,6 +149,12 @@ def test_pieces_of_texts_are_counted_as_one() -> None:
     assert one.mass == pytest.approx(other.mass)
 
 
+def test_bars_are_stacked_to_either_side_of_zero() -> None:
+    """A gate without softmax has negative means."""
+    bars = np.array([[0.5, -1.0], [0.25, 0.5], [-0.5, -2.0]])  # three experts, two blocks
+    assert starts_of(bars).tolist() == [[0.0, 0.0], [0.5, 0.0], [0.0, -1.0]]
+
+
 # --- scores ---
 
 
@@ -196,6 +205,26 @@ def test_a_mix_is_recommended_where_it_keeps_every_threshold(
 ) -> None:
     scores = [GATE, score("mean mix", *one), score("mean mix by site", *by_site), score("base", 0.9, 0.0, 1.0)]
     assert recommend(scores, {})[:2] == (choice, mix)
+
+
+def test_without_a_gate_a_base_that_is_no_worse_is_said() -> None:
+    base, expert = score("base", 1.0, 0.0, 1.0), score("expert a", 2.0, 0.5, 0.7)
+    choice, mix, reason = recommend([base, expert], {})
+    assert (choice, mix) == (Choice.STATIC, "expert a")
+    assert f"the base alone has {np.e:.4g}: none of them helps here" in reason
+    assert "base alone" not in recommend([base, score("expert a", 0.9, 0.5, 0.7)], {})[2]
+
+
+def test_a_router_is_held_against_the_nearest_of_all_mixes() -> None:
+    router = score("arrow router", 1.0, 0.0, 1.0)
+    scores = [router, score("base", 1.0, 0.0, 1.0), score("expert a", *FAR), score("uniform mix", 1.5, 0.4, 0.8)]
+    choice, mix, reason = recommend(scores, {})
+    assert (choice, mix) == (Choice.DYNAMIC, "uniform mix"), "the base is no static mix"
+    assert "comes near the arrow router" in reason
+    assert "predicts these texts better" not in reason
+    better = score("expert b", 0.5, 0.5, 0.7)
+    assert "But expert b predicts these texts better than the arrow router" in recommend([*scores, better], {})[2]
+    assert recommend([*scores, score("expert b", *NEAR)], {})[:2] == (Choice.STATIC, "expert b")
 
 
 def test_mean_mixes_are_means() -> None:
@@ -268,6 +297,28 @@ def test_every_error_is_in_one_bin() -> None:
     assert counts[int(np.searchsorted(edges, 2.0))] == 1
 
 
+# --- costs ---
+
+
+def test_stacks_of_matrices_are_counted_once_each() -> None:
+    """Mixtral's block experts: x [1, S, H] meets a stack of N, and what comes out, [N, S, I], another one."""
+    stacks = {"h.0.up.T": (3, 4, 5), "h.0.down.T": (3, 5, 4), "h.0.q.T": (4, 4)}
+    weights = [onnx.numpy_helper.from_array(np.zeros(shape, np.float32), name) for name, shape in stacks.items()]
+    for weight in weights:
+        weight.data_location = onnx.TensorProto.EXTERNAL
+    kinds = {"x": [1, "S", 4], "inner": [3, "S", 5], "y": [3, "S", 4], "z": [3, "S", 4]}
+    x, inner, y, z = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in kinds.items()
+    )
+    products = [("x", "h.0.up.T", "inner"), ("inner", "h.0.down.T", "y"), ("y", "h.0.q.T", "z")]
+    nodes = [onnx.helper.make_node("MatMul", [left, right], [out]) for left, right, out in products]
+    graph = onnx.helper.make_graph(nodes, "g", [x], [z], weights, value_info=[inner, y])
+    signature = Signature((TensorSpec("x", "float32", (1, "S", 4)),), (), ())
+    cost = GraphCounter(onnx.helper.make_model(graph), signature).count({"S": 7})
+    assert cost.flops[Part.BASE] == 2 * 7 * (60 + 60 + 3 * 16)
+    assert cost.weight_bytes[Part.BASE] == 4 * (60 + 60 + 16)
+
+
 # --- names ---
 
 
@@ -297,5 +348,6 @@ def test_weights_belong_to_their_parts() -> None:
     names = {
         "model.layers.0.q.weight.T": "base", "h.0.q+k.lora_a.T": "lora a", "h.0.q.lora_b": "lora b",
         "h.0.q.out_shift": "lora b", "gate.layers.0.weight.T": "gate", "columns.scale": "gate",
+        "h.0.q+k.prototypes.T": "router", "h.0.q+k.owners": "router",
     }  # fmt: skip
     assert {name: part_of(name).value for name in names} == names

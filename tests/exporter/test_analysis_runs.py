@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,21 +16,29 @@ from exporter.analysis.analyze import AnalyzeSpec, analyze, open_all
 from exporter.analysis.compression import quantized
 from exporter.analysis.compression_study import Study, compared, initializer_name, linear_sites
 from exporter.analysis.graph_costs import GraphCounter, Part
-from exporter.analysis.stored_experts import StoredExperts
+from exporter.analysis.stored_experts import StoredExperts, column_scales, find_groups
 from exporter.analysis.stored_weights import StoredWeights
 from exporter.build_bundle import build
-from exporter.reference import Reference
+from exporter.errors import ExportError
+from exporter.reference import Reference, ReferenceResult
+from exporter.routed_reference import RoutedReference
+from exporter.spec import RouterSpec
+from exporter.training_texts import TrainingText
 from exporter.watch import StageClock
 from runtime.errors import InputError
 from runtime.manifest import VerifyLevel
 from runtime.mix_file import scalings_from_file
+from runtime.routers import RouterKind
 from tests.exporter.analysed import Analysed, add_tokenizer, write_data
-from tests.exporter.checkpoint_makers import write_base
+from tests.exporter.checkpoint_makers import write_base, write_dora, write_lora
 from tests.exporter.tiny_builds import (
+    load,
     named_sources,
     quick,
     reference_of,
+    without_expert,
     write_checkpoint,
+    write_lively_base,
     write_three_experts,
 )
 
@@ -162,6 +171,29 @@ def test_stored_experts_are_the_checkpoint_s(analysed: Analysed) -> None:
             seen += 1
     assert seen == sum(len(expert.deltas) for expert in by_name.values())
     assert {site.kind for site in bundle.manifest.sites} == {"linear", "embedding", "lm_head"}
+
+
+class Scaleless(StoredWeights):
+    """As a gate with a global weight of 0 leaves them: no column knows its expert by its scale."""
+
+    def as_stored(self, name: str) -> np.ndarray:
+        return super().as_stored(name) * (name != "columns.scale")
+
+    def integers(self, name: str) -> np.ndarray:
+        return super().integers(name) * 0
+
+
+def test_columns_are_checked_against_the_manifest_but_those_without_a_scale(analysed: Analysed) -> None:
+    bundle = analysed.built.bundle
+    weights = Scaleless(bundle)
+    groups = find_groups(bundle.manifest, weights)
+    scales = column_scales(bundle.manifest, weights, groups)
+    assert {path: len(scale) for path, scale in scales.items()} == {
+        site.path: sum(site.ranks) for site in bundle.manifest.sites
+    }
+    assert not any(scale.any() for scale in scales.values())
+    with pytest.raises(ExportError, match="the manifest's ranks are not those of the rank columns"):
+        column_scales(bundle.manifest, StoredWeights(bundle), groups[::-1])
 
 
 def test_norms_are_relative_to_the_base(analysed: Analysed) -> None:
@@ -345,3 +377,78 @@ def test_without_a_gate_the_base_is_the_reference(tmp_path: Path) -> None:
     assert set(mix.weights) <= {"math", "code", "prose"}
     [step] = next(row for row in report.costs.rows if row.name == "stacked experts").passes
     assert "gate" not in step.flops_by_part or step.flops_by_part["gate"] == 0
+
+
+def test_dora_experts_are_scored_alone(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", num_hidden_layers=1)
+    add_tokenizer(base)
+    folders = {
+        "math": write_lora(tmp_path / "math", base, ("q_proj", "v_proj"), 2),
+        "dora": write_dora(tmp_path / "dora", base, ("q_proj", "up_proj")),
+    }
+    spec = replace(quick(named_sources(folders), base), out=tmp_path / "bundle", verify=VerifyLevel.STRUCTURE)
+    bundle = build(spec)
+    report, _ = analyze(AnalyzeSpec(bundle.root, write_data(tmp_path / "d"), threads=1, with_compression=False))
+    assert [score.name for score in report.mixes.scores] == ["base", "expert math", "expert dora"], "no uniform mix"
+    rows = {row.name: row for row in report.costs.rows}
+    # two products an expert and module, and one more at each of the two modules that DoRA rescales
+    assert rows["loop over experts"].products == rows["base"].products + 2 * 4 + 2
+    parts = load(base, *spec.adapters)
+    [dora] = [expert for expert in parts.inputs.adapters.experts if expert.name == "dora"]
+    for row in report.conflicts.norms:
+        if row.expert == "dora":
+            delta = dora.deltas[row.site]
+            weight = parts.model.get_parameter(f"{row.site}.weight")
+            length = float((delta.scale * delta.b @ delta.a).norm() / weight.norm())
+            assert row.relative_norm == pytest.approx(length, rel=1e-4), "the direction, without the magnitude"
+
+
+def test_a_router_is_the_reference(tmp_path: Path) -> None:
+    """Its own row is routed inside the sites, the rows beside it are not: losses are those of plain torch."""
+    base = write_lively_base(tmp_path / "base", num_hidden_layers=1)
+    add_tokenizer(base)
+    sources = named_sources(write_three_experts(tmp_path / "experts", base, ends=False))
+    router = RouterSpec(RouterKind.ARROW, top_k=2, temperature=0.8, seed=7)
+    spec = replace(quick(sources, base), router=router, out=tmp_path / "bundle", verify=VerifyLevel.STRUCTURE)
+    bundle = build(spec)
+    analyze_spec = AnalyzeSpec(bundle.root, write_data(tmp_path / "d"), threads=1)
+    report, _ = analyze(analyze_spec)
+    assert report.gate is None
+    scores = {score.name: score for score in report.mixes.scores}
+    names = ["base", "expert math", "expert code", "expert prose", "uniform mix"]
+    assert [report.mixes.reference, *names] == ["arrow router", *names] == list(scores)
+    assert report.compression.reference == "arrow router"
+    assert report.compression.uncompressed is not None
+    assert report.compression.uncompressed.loss == pytest.approx(scores["arrow router"].loss, abs=1e-6)
+
+    parts, info = load(base, *sources), bundle.graph("dynamic").router
+    assert info is not None
+    routed, plain = RoutedReference(reference_of(parts), info), reference_of(parts)
+    without = RoutedReference(reference_of(parts, without_expert(parts.inputs.adapters, 2)), info)
+    texts = open_all(analyze_spec, StageClock()).texts
+    runs = {
+        "arrow router": routed.run,
+        "base": lambda ids: plain.constant([0.0] * 3, ids),
+        "expert code": lambda ids: plain.constant([0.0, 1.0, 0.0], ids),
+        "uniform mix": lambda ids: plain.constant([1 / 3] * 3, ids),
+    }
+    found = {name: torch_loss(run, texts) for name, run in runs.items()}
+    assert found == pytest.approx({name: scores[name].loss for name in runs}, abs=1e-4)
+    assert abs(torch_loss(without.run, texts) - found["arrow router"]) > 1e-3, "a dropped expert shows"
+
+    stacked = next(row for row in report.costs.rows if row.name == "stacked experts")
+    [step] = stacked.passes
+    hidden, mlp = parts.model.config.hidden_size, parts.model.config.intermediate_size
+    vectors = 2 + 3 + 2 * 2  # of the two experts at q, of one at k, v and o, of two at gate and up; then two at down
+    assert step.flops_by_part["router"] == 2 * (vectors * hidden + 2 * mlp)
+    numbers = sum(d.a.numel() + d.b.numel() for e in parts.inputs.adapters.experts for d in e.deltas.values())
+    assert stacked.parameters == report.costs.rows[0].parameters + numbers + vectors * hidden + 2 * mlp
+
+
+def torch_loss(run: Callable[[list[int]], ReferenceResult], texts: Sequence[TrainingText]) -> float:
+    """Nats per predicted token."""
+    losses = []
+    for text in texts:
+        logits = torch.as_tensor(run(list(text.ids[:-1])).logits)[text.learned_from - 1 :].double()
+        losses.append(F.cross_entropy(logits, torch.tensor(text.ids[text.learned_from :]), reduction="none"))
+    return float(torch.cat(losses).mean())

@@ -6,16 +6,19 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError
+from itertools import combinations
 from pathlib import Path
 
+import onnxruntime
 import pytest
 
 from exporter.analysis import publish_report as publishing
-from exporter.analysis.analyze import AnalyzeSpec, analyze, context_of
+from exporter.analysis.analyze import AnalyzeSpec, analyze, context_of, made_now, require_analysable
 from exporter.analysis.page import number, page, share, size
 from exporter.analysis.plots import mix_plot
 from exporter.analysis.publish_report import check_target, publish_report
-from exporter.analysis.report import Choice, ExpertStudy, Report
+from exporter.analysis.report import Choice, CompressionStudy, ExpertStudy, GateRow, Report
 from exporter.analysis.static_mix import recommendation
 from exporter.cli import main
 from exporter.errors import ExportError
@@ -24,9 +27,9 @@ from runtime.cli import main as run_runtime
 from runtime.errors import InputError, MachineError
 from runtime.mix_file import MixFile, read_mix
 from tests.exporter.analysed import Analysed
-from tests.runtime.tiny_bundles import BYTE_SHAPE, tiny_bundle
-from tests.runtime.tiny_graphs import TinyShape
+from tests.runtime.tiny_bundles import tiny_bundle
 
+NO_COMPRESSION = CompressionStudy(absent="why")
 FILES = ["mix.json", "report.html", "report.json"]
 
 
@@ -65,9 +68,10 @@ def test_the_recommended_commands_work(
     analysed: Analysed, tmp_path: Path, choice: Choice, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As they stand, with the prompt and the paths that only a person knows filled in."""
-    out = tmp_path / "report"
+    out = tmp_path / "my report"
     publish_report(out, analysed.report, "", analysed.mix)
-    bundle = str(analysed.built.bundle.root)
+    (tmp_path / "my bundle").symlink_to(analysed.built.bundle.root)
+    bundle = str(tmp_path / "my bundle")
     found = recommendation(choice, "mean mix by site", "", bundle, str(out / "mix.json"), is_gated=True)
     own = {"...": "the of", "ADAPTERS": str(analysed.built.checkpoint.xlora), "STATIC_BUNDLE": str(tmp_path / "static")}
     tools = {"runtime": run_runtime, "exporter": main}
@@ -122,6 +126,38 @@ def test_a_page_says_what_was_not_measured(analysed: Analysed) -> None:
     assert "Not measured: they are inputs &lt;b&gt;." in html
     assert "Not measured: why." in html
     assert "Thresholds for a static mix" not in html
+
+
+def test_the_page_of_a_routed_bundle_says_why_nothing_is_counted(analysed: Analysed) -> None:
+    mixes = analysed.report.mixes.model_copy(update={"reference": "arrow router"})
+    html = page(analysed.report.model_copy(update={"gate": None, "mixes": mixes, "compression": NO_COMPRESSION}))
+    assert "This bundle has no gate but the arrow router, which decides inside each module" in html
+    assert "never depend on the token" not in html
+    assert "The mean mixes are" not in html
+    assert "times the arrow router's." in html
+
+
+@pytest.mark.filterwarnings("error")
+def test_many_experts_fit(analysed: Analysed) -> None:
+    """Plots that leave no room warn that they are not laid out; tables with columns by expert scroll."""
+    report, names = analysed.report, [f"expert-number-{number}" for number in range(20)]
+    assert report.gate is not None
+
+    def crowded(row: GateRow) -> GateRow:
+        return row.model_copy(update={field: dict.fromkeys(names, 0.05) for field in ("mass", "deviation", "top1")})
+
+    groups = {field: tuple(map(crowded, getattr(report.gate, field))) for field in ("blocks", "sites")}
+    gate = report.gate.model_copy(update={"model": crowded(report.gate.model), **groups})
+    pair = report.conflicts.pairs[0]
+    pairs = [
+        pair.model_copy(update={"first": one, "second": other, "sign_conflict": None})
+        for one, other in combinations(names, 2)
+    ]
+    norms = [report.conflicts.norms[0].model_copy(update={"expert": name}) for name in names]
+    conflicts = ExpertStudy(pairs=tuple(pairs), norms=tuple(norms))
+    update = {"experts": tuple(names), "gate": gate, "conflicts": conflicts, "compression": NO_COMPRESSION}
+    html = page(report.model_copy(update=update))
+    assert html.count('<div class="scroll"><table') == 2
 
 
 def test_numbers_are_shown_with_three_digits() -> None:
@@ -246,13 +282,6 @@ def test_a_bundle_without_a_tokenizer(analysed: Analysed, tmp_path: Path, capsys
     assert "the bundle has no tokenizer, so it cannot read texts" in refused(command, capsys)
 
 
-def test_a_bundle_with_a_router(analysed: Analysed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = words(analysed, tmp_path / "report")
-    shape = TinyShape(vocab=BYTE_SHAPE.vocab, gate=False, router=True)
-    command[1] = str(tiny_bundle(tmp_path / "routed", shape))
-    assert "routers inside the sites leave no scalings to look at" in refused(command, capsys)
-
-
 def test_targets_that_cannot_be(analysed: Analysed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Refused before any work."""
     file = tmp_path / "file"
@@ -265,6 +294,22 @@ def test_targets_that_cannot_be(analysed: Analysed, tmp_path: Path, capsys: pyte
     check_target(tmp_path / "empty", overwrite=True)
     with pytest.raises(ExportError, match="exists already"):
         check_target(tmp_path / "empty", overwrite=False)
+
+
+def test_a_report_inside_the_bundle(analysed: Analysed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would be a file that the bundle does not list."""
+    (tmp_path / "link").symlink_to(analysed.built.bundle.root)
+    for root in (analysed.built.bundle.root, tmp_path / "link"):
+        assert "--out: lies inside the bundle" in refused(words(analysed, root / "report"), capsys)
+    open_bundle(analysed.built.bundle.root)
+
+
+def test_a_bundle_that_the_cpu_does_not_run(analysed: Analysed) -> None:
+    manifest = analysed.built.bundle.manifest
+    brain = manifest.model_copy(update={"base": manifest.base.model_copy(update={"dtype": "bfloat16"})})
+    with pytest.raises(ExportError, match=r"here: cannot be analysed: .*CPU does not run it; got --dtype bfloat16"):
+        require_analysable(brain, "here")
+    require_analysable(manifest, "here")
 
 
 def test_a_context_that_does_not_fit(analysed: Analysed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -283,6 +328,19 @@ def test_nothing_is_analysed_after_a_bad_input(analysed: Analysed, monkeypatch: 
         analyze(AnalyzeSpec(analysed.built.bundle.root, analysed.data, context=10**6))
     with pytest.raises(InputError, match="cannot be opened"):
         analyze(AnalyzeSpec(analysed.built.bundle.root, analysed.data.with_name("absent")))
+
+
+def test_onnxruntime_gpu_has_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package of that name is then absent, the module is not."""
+
+    def absent(package: str) -> str:
+        if package == "onnxruntime":
+            raise PackageNotFoundError(package)
+        return "1.2.3"
+
+    monkeypatch.setattr("exporter.describe.version", absent)
+    assert made_now().versions["onnxruntime"] == onnxruntime.__version__
+    assert made_now().versions["numpy"] == "1.2.3"
 
 
 def test_missing_packages_are_named(

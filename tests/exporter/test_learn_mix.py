@@ -244,6 +244,10 @@ def test_every_bad_line_is_named(tokenizer: Text, tmp_path: Path) -> None:
         assert reason in message, reason
     with pytest.raises(UserError, match="cannot be opened"):
         read_texts(tmp_path / "absent", tokenizer, None, 9)
+    data.write_text('{"text": "ab"}\n{"text": "ax"}\n')
+    assert len(read_texts(data, tokenizer, None, 9, 257)) == 2
+    with pytest.raises(UserError, match=r"line 2: .*; got has the token 256, and the model knows 0 to 255"):
+        read_texts(data, tokenizer, None, 9, 256)
 
 
 @pytest.mark.parametrize(
