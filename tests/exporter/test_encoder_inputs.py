@@ -416,3 +416,44 @@ def test_a_wrong_backend_and_wrong_task_in_python(classifier: EncoderBuilt) -> N
         with pytest.raises(InputError, match="use classify"):
             embed(encoder, ["up"])
         assert classify(encoder, ["up"])[0].variant is None
+def test_a_text_that_is_not_finite_is_named(embedder: EncoderBuilt, tmp_path: Path) -> None:
+    """As the caller numbers them, not as they run: gated rows first, short ones first."""
+    broken = copy_of(embedder.bundle.root, tmp_path)
+    edit_weight(
+        broken, "embeddings.word_embeddings.weight", lambda rows: np.where(np.arange(64)[:, None] == 9, np.nan, rows)
+    )
+    reseal(broken)
+    good, bad = EncodedText((2, 3), (0, 0)), EncodedText((2, 9, 3), (0, 0, 0))
+    with load_encoder(broken, threads=1) as encoder:
+        routings = [route_for(encoder.manifest, encoder.graph, name, None).routing for name in ("base", "xlora")]
+        for row, batch in enumerate(([bad, good], [good, bad])):
+            with pytest.raises(NumericError, match=f"embeddings is not finite for row {row} "):
+                encode_batch(encoder.session, batch, routings)
+        long = EncodedText((2, 5, 5, 5, 3), (0,) * 5)
+        texts = [Variant(long, "base"), Variant(bad, "base"), Variant(good, "xlora"), Variant(good, "base")]
+        with pytest.raises(NumericError, match="embeddings is not finite for text 2"):
+            embed(encoder, texts, EncodeOptions(batch_size=3))
+
+
+def test_labels_cannot_write_to_the_terminal(
+    classifier: EncoderBuilt, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = copy_of(classifier.bundle.root, tmp_path)
+    manifest = read_manifest((root / "manifest.json").read_bytes())
+    info = manifest.encoder.model_copy(update={"labels": ("\x1b[2J", "a\nb")})
+    (root / "manifest.json").write_bytes(manifest_bytes(manifest.model_copy(update={"encoder": info})))
+    reseal(root)
+    assert main(["classify", str(root), "--text", "up up down", "-q"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert main(["classify", str(root), "--text", "down", "-q"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_no_part_of_a_file_is_left(embedder: EncoderBuilt, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "folder.npy").mkdir()
+    words = ["embed", str(embedder.bundle.root), "--text", "up", "--out", str(tmp_path / "folder.npy"), "-q"]
+    assert main(words) == 2
+    assert "cannot write the embeddings" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.npy"]
+
+
