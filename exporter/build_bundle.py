@@ -70,7 +70,7 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
             if adapter is not None and spec.save_adapter is not None:
                 with clock.stage("save adapter"):
                     rows, merge = static_rows(parts, spec), settled(spec.merge)
-                    notes = save_adapter(inputs.adapters, parts.sites, rows, merge, adapter, spec.save_adapter)
+                    notes = save_adapter(inputs, parts.sites, rows, merge, adapter, spec.save_adapter)
                 for note in notes:
                     clock.notes(note)
             graphs = proofs

@@ -172,6 +172,14 @@ def cache_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
         model.base_model(input_ids=ids, position_ids=ids, past_key_values=state, use_cache=True, cache_state=state)
+    if not state.windows:  # or its cache would be filled and never read, and no token kept from later ones
+        raise ExportError(
+            f"{model.config.model_type} computes its attention by code of its own",
+            where="base",
+            need="attention through transformers' AttentionInterface",
+            fix="families proved to work are listed in the README",
+            code="E_UNSUPPORTED",
+        )
     shapes = [(int(entry.shape[1]), int(entry.shape[3])) for entry in state.present]
     if len(shapes) != 2 * model.config.get_text_config().num_hidden_layers or shapes[::2] != shapes[1::2]:
         raise ExportError(

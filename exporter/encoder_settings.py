@@ -40,11 +40,14 @@ def encoder_notes(base: BaseDescription, spec: BuildSpec) -> tuple[str, ...]:
 
 def positions_of(base: BaseDescription) -> int:
     """How many tokens a sequence may have: RoBERTa and its kin leave the first position embeddings unused."""
-    config = base.text_config
-    positions = int(config.max_position_embeddings)
+    positions = int(base.text_config.max_position_embeddings)
     if base.model_type not in AFTER_PADDING:
         return positions
-    padding = MPNET_PADDING if base.model_type == "mpnet" else int(config.pad_token_id)
+    padding = MPNET_PADDING if base.model_type == "mpnet" else base.text_config.pad_token_id
+    if padding is None or not 0 <= padding < positions - 1:
+        what, got = "no position is left for a text", f"max_position_embeddings {positions}, padding token {padding}"
+        need = "positions beyond the padding token's id"
+        raise ExportError(what, where=f"base {base.name}", got=got, need=need, code="E_BASE")
     return positions - padding - 1
 
 
@@ -79,13 +82,17 @@ def refuse_for_encoder(base: BaseDescription, adapters: AdapterSet, spec: BuildS
         got = f"{' and '.join(pooled)}, a base for {base.task}"
         problems.append(ExportError("only embeddings are pooled", where=pooled[0], got=got, code="E_TASK"))
     if base.task is not Task.TEXT_GENERATION:
-        problems += _encoder_problems(adapters, spec)
+        problems += _encoder_problems(base, adapters, spec)
     raise_all(f"base {base.name}", problems)
 
 
-def _encoder_problems(adapters: AdapterSet, spec: BuildSpec) -> list[InputError]:
+def _encoder_problems(base: BaseDescription, adapters: AdapterSet, spec: BuildSpec) -> list[InputError]:
     problems: list[InputError] = []
     gate = adapters.gate
+    if chunk := getattr(base.config, "chunk_size_feed_forward", 0):
+        what, need = "chunks of the feed-forward are a loop, which no graph holds", "0, which gives the same numbers"
+        got = f"chunk_size_feed_forward {chunk}"
+        problems.append(ExportError(what, where="config.json", got=got, need=need, code="E_BASE"))
     if spec.emit is Emit.MODERN:
         what = "an encoder has no cache and no form in the modern operators"
         problems.append(ExportError(what, where="--emit modern", fix="--emit portable", code="E_TASK"))

@@ -7,18 +7,19 @@ from pathlib import Path
 
 import torch
 
-from exporter.adapters import AdapterSet, LoraDelta
+from exporter.adapters import LoraDelta
 from exporter.checkpoints import shared_base_name, write_lora
 from exporter.errors import ExportError
+from exporter.inputs import Inputs
 from exporter.merges.merge import merged
 from exporter.merges.update import factored
 from exporter.sites import Site, SiteKind
 from exporter.static import row_of, touched_sites
-from runtime.manifest import MergeInfo
+from runtime.manifest import MergeInfo, Task
 
 
 def save_adapter(
-    adapters: AdapterSet, sites: Sequence[Site], rows: torch.Tensor, merge: MergeInfo, folder: Path, final: Path
+    inputs: Inputs, sites: Sequence[Site], rows: torch.Tensor, merge: MergeInfo, folder: Path, final: Path
 ) -> tuple[str, ...]:
     """Merge again, module by module, and fill the empty `folder`, which will lie at `final`; returns what to say."""
     touched = touched_sites(sites, rows)
@@ -37,7 +38,9 @@ def save_adapter(
         deltas,
         embeddings={site.path for site in touched if site.kind is SiteKind.EMBEDDING},
         fan_in_fan_out=any(site.kind is SiteKind.CONV1D for site in touched),
-        base_name=shared_base_name(adapters, final),
+        base_name=shared_base_name(inputs.adapters, final),
+        # PEFT's class for it wants a generator; that for classes would replace the head, which the mix leaves alone.
+        task_type="CAUSAL_LM" if inputs.base.task is Task.TEXT_GENERATION else None,
     )
     if not full:
         return ()

@@ -17,7 +17,7 @@ from runtime.bundle import open_bundle
 from runtime.encoder_passes import encode_batch
 from runtime.encoder_session import EncodedText, EncoderSession, Floats
 from runtime.engines import Target
-from runtime.errors import InputError, raise_all
+from runtime.errors import InputError, NumericError, raise_all
 from runtime.manifest import EncoderInfo, GraphInfo, Manifest, Scores, Task
 from runtime.model import pick_graph, require_task, variant_named
 from runtime.routing import Mix, Route, route_for
@@ -200,7 +200,10 @@ def _encode(encoder: Encoder, texts: Sequence[SourceText | Variant], options: En
     outputs: dict[int, Floats] = {}
     for batch in _batches(routes, rows, options.batch_size):
         session = encoder.session_of(routes[batch[0]].graph)
-        found = encode_batch(session, [rows[row] for row in batch], [routes[row].routing for row in batch])
+        try:
+            found = encode_batch(session, [rows[row] for row in batch], [routes[row].routing for row in batch])
+        except NumericError as error:
+            raise NumericError(error.tensor, tuple(sorted(batch[row] + 1 for row in error.rows)), "text") from error
         outputs |= {row: answer.output for row, answer in zip(batch, found, strict=True)}
     return np.stack([outputs[row] for row in range(len(texts))])
 

@@ -66,11 +66,12 @@ def embed(args: argparse.Namespace) -> int:
 def classify(args: argparse.Namespace) -> int:
     """Print each text's label and its score."""
     from runtime.encode import classify as classify_texts
+    from runtime.inspect import printable
 
     with _opened(args) as encoder:
         for found in classify_texts(encoder, _variants(args), _options(args)):
             label = f"{found.variant}: " if len(args.variants) > 1 else ""
-            as_text = f"{label}{found.label}  {found.score:.4f}"
+            as_text = printable(f"{label}{found.label}  {found.score:.4f}")
             print(json.dumps(dataclasses.asdict(found), ensure_ascii=False) if args.json else as_text)
     return 0
 
@@ -144,3 +145,5 @@ def _write(path: Path, found: Floats) -> None:
         part.replace(path)
     except OSError as error:
         raise InputError("cannot write the embeddings", where=str(path), got=error.strerror or str(error)) from error
+    finally:
+        part.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtime.encoder_session import EncodedText, EncoderSession, Floats, TextRows
+from runtime.errors import NumericError
 from runtime.passes import Routing
 
 
@@ -24,17 +25,21 @@ def encode_batch(
 ) -> list[EncodedRow]:
     """All texts in one batch, whatever their scalings: the gated ones first go through the scaling pass.
 
-    What the gate says of padding feeds padding only, which no real token attends to.
+    What the gate says of padding feeds padding only, which no real token attends to. Raises NumericError with the rows
+    as the caller numbers them.
     """
     order = sorted(range(len(texts)), key=lambda row: not routings[row].is_gated)  # gated rows first
     rows, gated = TextRows.of([texts[row] for row in order]), sum(routing.is_gated for routing in routings)
     scalings = _constant([routings[row] for row in order], rows)
     gate: Floats | None = None
-    if gated and scalings is not None:
-        _, gate = session.run(rows.first(gated), scalings[:gated])
-        assert gate is not None
-        scalings = np.concatenate([gate, scalings[gated:]])
-    output, _ = session.run(rows, scalings)
+    try:
+        if gated and scalings is not None:
+            _, gate = session.run(rows.first(gated), scalings[:gated])
+            assert gate is not None
+            scalings = np.concatenate([gate, scalings[gated:]])
+        output, _ = session.run(rows, scalings)
+    except NumericError as error:
+        raise NumericError(error.tensor, tuple(sorted(order[row] for row in error.rows))) from error
     found: list[EncodedRow | None] = [None] * len(texts)
     for place, row in enumerate(order):
         own = gate[place, : rows.lengths[place]] if gate is not None and place < gated else None

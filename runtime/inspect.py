@@ -44,7 +44,7 @@ def render(bundle: Bundle) -> str:
         _table("engines, beside the bundle", _engines(bundle)),
         _table("made with", sorted(manifest.versions.items())),
     ]
-    return "\n".join(_printable(line) for section in sections for line in section) + "\n"
+    return "\n".join(printable(line) for section in sections for line in section) + "\n"
 
 
 def render_json(bundle: Bundle) -> str:
@@ -65,7 +65,7 @@ def verification_of(manifest: Manifest, graph: str) -> str:
     return f"verified, level {report.level}, stage {report.stage}; stage B: {report.stage_b}"
 
 
-def _printable(line: str) -> str:
+def printable(line: str) -> str:
     """A manifest's texts may come from anyone: no line breaks or terminal codes reach the screen."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
 

@@ -162,7 +162,7 @@ def _check_raw(raw: dict[str, Any], path: Path, notes: list[str]) -> None:
             ExportError(
                 f"model_type {shown(model_type)} {what}",
                 where=where,
-                need="a causal language model or an encoder that transformers itself has",
+                need=f"a causal language model that transformers itself has, or an encoder: {', '.join(ENCODERS)}",
                 code="E_BASE",
             )
         )

@@ -25,10 +25,12 @@ def write_lora(
     embeddings: Collection[str] = (),
     fan_in_fan_out: bool = False,
     base_name: str | None = None,
+    task_type: str | None = "CAUSAL_LM",
 ) -> None:
     """Fill an empty folder; `embeddings` are the paths of token lookups, `deltas` have scale 1.
 
     `fan_in_fan_out`: some modules keep their weight as [in, out], as GPT-2's Conv1D does; PEFT turns those.
+    `task_type`: PEFT's word for its model class; None for the plain one.
     """
     from safetensors.torch import save_file
 
@@ -40,7 +42,10 @@ def write_lora(
         for side, value in (("A", delta.a), ("B", delta.b)):
             tensors[f"{KEY_PREFIX}{path}.{middle}{side}{end}"] = value.float().contiguous()
     save_file(tensors, folder / f"{WEIGHTS_STEM}.safetensors", metadata={"format": "pt"})
-    config = _config(deltas, fan_in_fan_out=fan_in_fan_out, base_name=base_name)
+    config = _config(deltas, fan_in_fan_out=fan_in_fan_out) | {
+        "task_type": task_type,
+        "base_model_name_or_path": base_name,
+    }
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -68,14 +73,12 @@ def shared_base_name(adapters: AdapterSet, folder: Path) -> str | None:
     return names.pop() if len(names) == 1 else None
 
 
-def _config(deltas: Mapping[str, LoraDelta], *, fan_in_fan_out: bool, base_name: str | None) -> dict[str, Any]:
+def _config(deltas: Mapping[str, LoraDelta], *, fan_in_fan_out: bool) -> dict[str, Any]:
     ranks = {path: delta.a.shape[0] for path, delta in deltas.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     others = {path: rank for path, rank in ranks.items() if rank != usual}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
         "r": usual,
         "lora_alpha": usual,
         "use_rslora": False,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from exporter.errors import ExportError
 from runtime.adapter_folder.files import is_file, open_regular, shown_path
@@ -13,7 +12,9 @@ from runtime.adapter_folder.problems import shown
 from runtime.manifest import Pooling
 
 MODULES_NAME = "modules.json"
-SENTENCE_CONFIG = "sentence_bert_config.json"
+# Its first versions named the file after the model; the first that is there counts.
+SENTENCE_CONFIGS = tuple(f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "distilbert", "xlm-roberta"))
+PROMPTS_CONFIG = "config_sentence_transformers.json"
 KNOWN = ("Transformer", "Pooling", "Normalize")  # in this order; the last may be absent
 MODES = {
     "pooling_mode_cls_token": Pooling.CLS,
@@ -39,16 +40,33 @@ def read_sentence(folder: Path) -> SentenceSettings | None:
     kinds, paths = _modules(path)
     if kinds not in (list(KNOWN[:2]), list(KNOWN)) or paths[0] != "":
         raise _unsupported(path, f"modules {', '.join(kinds)}", f"{', '.join(KNOWN[:2])} and perhaps {KNOWN[2]}")
-    length: Any = None
-    if is_file(folder / SENTENCE_CONFIG):
-        config = read_json(folder / SENTENCE_CONFIG)
+    if is_file(folder / PROMPTS_CONFIG):
+        _refuse_prompt(folder / PROMPTS_CONFIG)
+    pooling = _pooling(folder / paths[1] / "config.json")
+    return SentenceSettings(pooling, len(kinds) == len(KNOWN), _length(folder))
+
+
+def _length(folder: Path) -> int | None:
+    """The longest text in tokens, where the folder says."""
+    for path in (folder / name for name in SENTENCE_CONFIGS if is_file(folder / name)):
+        config = read_json(path)
         if config.get("do_lower_case"):
-            raise _unsupported(folder / SENTENCE_CONFIG, "do_lower_case", "a tokenizer that lowers letters itself")
+            raise _unsupported(path, "do_lower_case", "a tokenizer that lowers letters itself")
         length = config.get("max_seq_length")
         if length is not None and not (type(length) is int and length > 0):
-            raise _unsupported(folder / SENTENCE_CONFIG, f"max_seq_length {shown(length)}", "a number above 0")
-    pooling = _pooling(folder / paths[1] / "config.json")
-    return SentenceSettings(pooling, len(kinds) == len(KNOWN), length)
+            raise _unsupported(path, f"max_seq_length {shown(length)}", "a number above 0")
+        return length
+    return None
+
+
+def _refuse_prompt(path: Path) -> None:
+    """sentence-transformers puts the default prompt before every text, and some models leave it out of the pooling."""
+    config = read_json(path)
+    name, prompts = config.get("default_prompt_name"), config.get("prompts")
+    prompt = prompts.get(name) if isinstance(name, str) and isinstance(prompts, dict) else name
+    if prompt:
+        got = f"default_prompt_name {shown(name)}, which puts {shown(prompt)} before every text"
+        raise _unsupported(path, got, "none: what a text begins with is part of the text here")
 
 
 def _modules(path: Path) -> tuple[list[str], list[str]]:

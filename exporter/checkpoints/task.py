@@ -32,10 +32,13 @@ def task_of(raw: Mapping[str, Any], folder: Path, asked: Task | None) -> Task:
     """The task asked for, if this base can do it; else that of its architecture."""
     where, model_type = shown_path(folder / "config.json"), raw.get("model_type")
     if model_type not in ENCODERS:
-        if asked in (None, Task.TEXT_GENERATION):
-            return Task.TEXT_GENERATION
         need = f"an encoder: model_type {', '.join(ENCODERS)}"
-        raise ExportError(f"{asked} needs an encoder", where=where, got=shown(model_type), need=need, code="E_TASK")
+        if asked not in (None, Task.TEXT_GENERATION):
+            raise ExportError(f"{asked} needs an encoder", where=where, got=shown(model_type), need=need, code="E_TASK")
+        if is_other_encoder(raw):
+            what = "this model's tokens see later ones: it is an encoder, and none that has a graph here"
+            raise ExportError(what, where=where, got=f"model_type {shown(model_type)}", need=need, code="E_TASK")
+        return Task.TEXT_GENERATION
     if raw.get("is_decoder") or raw.get("add_cross_attention"):
         what = f"this {model_type} is a decoder, which has no graph here"
         raise ExportError(what, where=where, got="is_decoder or add_cross_attention", code="E_TASK")
@@ -59,6 +62,13 @@ def task_of(raw: Mapping[str, Any], folder: Path, asked: Task | None) -> Task:
         fix=f"--task {Task.FEATURE_EXTRACTION} or {Task.TEXT_CLASSIFICATION}",
         code="E_TASK",
     )
+
+
+def is_other_encoder(raw: Mapping[str, Any]) -> bool:
+    """Whether transformers has this model for masked words, too: then it generates only where `is_decoder` says so."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return raw.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not raw.get("is_decoder")
 
 
 def model_class(task: Task) -> Any:

@@ -42,6 +42,7 @@ def make_classifier(folder: Path) -> EncoderBuilt:
     checkpoint = write_trained(folder)
     variants = (VariantSpec("half", MixInfo(weights={"taste": 0.5, "sound": 0.25})),)
     settings = {"modes": (Mode.DYNAMIC, Mode.STATIC), "mix": {"taste": 0.7, "sound": 0.2}, "variants": variants}
+    settings["save_adapter"] = folder / "saved"  # the mix of the static graph
     return EncoderBuilt(checkpoint, build(checkpoint.spec(out=folder / "bundle", **settings)))
 
 

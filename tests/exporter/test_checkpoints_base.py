@@ -114,6 +114,7 @@ CONFIG_REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "made_up", "auto_map": {"AutoModelForCausalLM": "m.M"}}, "needs code from its own repository"),
     ({"model_type": ["llama"]}, "model_type .* is not known"),
     ({"model_type": "bert_japanese"}, "is not known"),
+    ({"model_type": "albert"}, "need a causal language model that transformers itself has, or an encoder: bert, dis"),
     ({"hidden_size": -1}, "field hidden_size is refused; got -1"),
     ({"num_hidden_layers": 10**9}, "field num_hidden_layers is refused"),
     ({"vocab_size": 10**30}, "field vocab_size is refused; got an integer of 100 bits"),

@@ -353,6 +353,15 @@ def test_models_with_other_caches_are_refused_by_name() -> None:
         cache_shapes(AutoModelForCausalLM.from_config(config).eval())
 
 
+def test_models_with_attention_of_their_own_are_refused_by_name() -> None:
+    """GPT-J fills any cache it is given and would then attend to the new tokens alone, later ones too."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("gptj", n_embd=32, n_layer=1, n_head=2, rotary_dim=4, vocab_size=64, n_positions=16)
+    with pytest.raises(ExportError, match=r"base: gptj computes its attention by code of its own; need attention thro"):
+        cache_shapes(AutoModelForCausalLM.from_config(config).eval())
+
+
 def test_learned_positions_end_where_the_table_ends(tmp_path: Path) -> None:
     """The last position of OPT's table is used, and padding beside it reads no row beyond."""
     base = write_lively_base(tmp_path / "base", "opt", num_hidden_layers=1, max_position_embeddings=16)

@@ -17,14 +17,17 @@ from transformers import AutoModel
 
 from exporter.adapters import AdapterSet
 from exporter.build_bundle import build
-from exporter.encoder import MASKED, pooled
+from exporter.encoder import MASKED, pooled, traced_encoder
 from exporter.encoder_reference import EncoderReference
 from exporter.encoder_verification import EncoderVerification, measure
 from exporter.errors import VerifyError
-from exporter.parts import make_verification
+from exporter.inputs import read_inputs
+from exporter.parts import load_parts, make_verification
+from exporter.sites import SiteKind
 from exporter.spec import BuildSpec, DType
 from exporter.verify_bundle import verify_bundle
 from runtime.encode import EncodeOptions, Encoder, Variant, classify, embed, load_encoder
+from runtime.encode_golden import read_encoded, replay_encoded
 from runtime.encoder_passes import encode_batch
 from runtime.encoder_session import EncodedText, EncoderSession, TextRows
 from runtime.manifest import EncoderInfo, Mode, Pooling, Scores, Task, VerifyLevel
@@ -202,6 +205,36 @@ def test_rows_do_not_change_each_other(name: str, request: pytest.FixtureRequest
             assert apart(got[0], alone[short, first]) <= 1e-6
             assert apart(got[1], alone[long, second]) <= 1e-6
             assert apart(alone[short, first], alone[short, second]) > 1e-3, "variants that hardly differ prove nothing"
+
+
+def test_a_texts_own_mix_comes_before_the_others(embedder: EncoderBuilt) -> None:
+    text = TEXTS[1]
+    with load_encoder(embedder.bundle.root, threads=1) as encoder:
+        base, alone = embed(encoder, [Variant(text, "base"), Variant(text, "expert1")])
+        for options in (EncodeOptions(), EncodeOptions(variant="base"), EncodeOptions(mix={"expert0": 1.0})):
+            [got] = embed(encoder, [Variant(text, mix={"expert1": 1.0})], options)
+            assert apart(got, alone) <= 1e-6
+            [got] = embed(encoder, [Variant(text, mix={})], options)
+            assert apart(got, base) <= 1e-6
+    assert apart(alone, base) > 1e-3
+
+
+def test_pooler_and_head_have_the_first_tokens_scalings(tmp_path: Path) -> None:
+    """Under a layerwise gate, whose scalings differ from token to token; in torch, before any export."""
+    parts = load_parts(read_inputs(write_random(tmp_path, classes=3).spec()))
+    assert {site.path for site in parts.sites if site.kind is SiteKind.FIRST_TOKEN} == {"bert.pooler.dense"}
+    ids = [2, 9, 17, 30, 3]
+    wanted = reference_of(parts).gated(EncodedText(tuple(ids), (0,) * len(ids)))
+    feeds = {"input_ids": torch.tensor([[*ids, 0, 0]]), "lengths": torch.tensor([len(ids)])}
+    assert parts.inputs.encoder is not None
+    with torch.no_grad(), traced_encoder(parts.model, parts.sites, parts.gate, parts.inputs.encoder) as traced:
+        _, gate = traced(**feeds, scalings=torch.zeros(1, 7, len(parts.sites), 2))
+        logits, _ = traced(**feeds, scalings=gate)
+        last, _ = traced(**feeds, scalings=gate[:, 4:5].expand_as(gate))
+    assert wanted.gate is not None
+    assert apart(gate[0, :5].numpy(), wanted.gate.numpy()) <= LIMIT
+    assert apart(logits.numpy(), wanted.logits.numpy()) <= LIMIT
+    assert apart(last.numpy(), wanted.logits.numpy()) > 1e3 * LIMIT
 
 
 def test_what_stands_in_the_padding_does_not_matter(embedder: EncoderBuilt) -> None:
@@ -386,6 +419,17 @@ def test_verification_sees_one_bug(tmp_path: Path, embedder: EncoderBuilt, damag
         measured.append({check.name for check in report.checks if not check.passed})
     assert measured[0] == set()
     assert "output" in measured[1] or "gate" in measured[1]
+
+
+def test_a_gate_that_is_not_the_golden_one_is_seen(embedder: EncoderBuilt) -> None:
+    [graph] = embedder.bundle.manifest.graphs
+    session = EncoderSession(embedder.bundle.file(graph.path), graph.signature, SessionSettings(48, threads=1))
+    cases = read_encoded(embedder.bundle)
+    assert all(check.passed for check in replay_encoded(session, cases))
+    assert cases[0].gate is not None
+    moved = tuple(tuple(value + 1e-3 for value in row) for row in cases[0].gate)
+    checks = replay_encoded(session, [cases[0].model_copy(update={"gate": moved}), *cases[1:]])
+    assert [check.name for check in checks if not check.passed] == ["golden_gate"]
 
 
 def test_published_bundle_is_verified_again(tmp_path: Path, classifier: EncoderBuilt) -> None:

@@ -13,11 +13,11 @@ import torch
 
 from exporter.checkpoints import describe_base, load_base
 from exporter.cli import main as exporter_main
-from exporter.encoder_settings import labels_of, positions_of, scores_of
+from exporter.encoder_settings import encoder_info, labels_of, positions_of, scores_of
 from exporter.errors import ExportError
 from exporter.inputs import read_inputs
 from exporter.inspect import inspect_checkpoint, render
-from exporter.spec import CacheChoice, HotSpec, OpChoice, RouterSpec
+from exporter.spec import BuildSpec, CacheChoice, HotSpec, OpChoice, RouterSpec
 from runtime.bundle import open_bundle, read_manifest
 from runtime.cli import main
 from runtime.encode import EncodeOptions, Variant, classify, embed, load_encoder
@@ -86,6 +86,11 @@ def test_a_masked_language_head_is_left_out(tmp_path: Path) -> None:
     described = describe_base(str(base))
     assert "pooler.dense" not in described.modules
     assert load_base(described, torch.float32).pooler is None
+    edit_tensors(base / "model.safetensors", lambda tensors: tensors.update({"bert.extra.weight": torch.zeros(3)}))
+    with pytest.raises(
+        InputError, match=r"weights in the base's files belong to no module; got (bert\.)?extra\.weight"
+    ):
+        load_base(describe_base(str(base)), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +106,14 @@ def test_a_task_that_cannot_be(base: Path, changes: dict[str, Any], asked: Task 
     edit_json(base / "config.json", **changes)
     with pytest.raises(ExportError, match=message):
         describe_base(str(base), asked)
+
+
+@pytest.mark.parametrize("architecture", ["CamembertModel", "CamembertForMaskedLM", "CamembertForCausalLM"])
+def test_other_encoders_are_no_generators(base: Path, architecture: str) -> None:
+    """transformers has a class for generation of them, whose tokens see later ones all the same."""
+    edit_json(base / "config.json", model_type="camembert", architectures=[architecture])
+    with pytest.raises(ExportError, match=r"encoder, and none that has a graph here; got model_type 'camembert'; need"):
+        describe_base(str(base))
 
 
 def test_only_encoders_embed(tmp_path: Path) -> None:
@@ -184,6 +197,37 @@ def test_sentence_settings_are_strict(base: Path, changes: dict[str, Any], messa
         describe_base(str(base))
 
 
+@pytest.mark.parametrize("kind", ["roberta", "distilbert", "xlm-roberta"])
+def test_the_first_versions_sentence_settings(base: Path, kind: str) -> None:
+    """They named the file after the model."""
+    write_sentence_layout(base)
+    (base / "sentence_bert_config.json").rename(base / f"sentence_{kind}_config.json")
+    described = describe_base(str(base)).sentence
+    assert described is not None
+    assert described.max_tokens == 48
+
+
+def test_no_text_is_longer_than_the_positions(base: Path) -> None:
+    write_sentence_layout(base)
+    for asked, longest in ((512, 66), (48, 48)):
+        edit_json(base / "sentence_bert_config.json", max_seq_length=asked)
+        info = encoder_info(describe_base(str(base)), BuildSpec())
+        assert info is not None
+        assert info.max_tokens == longest
+
+
+def test_a_default_prompt_is_refused(base: Path) -> None:
+    """sentence-transformers would put it before every text; the bundle would not, and nobody would see it."""
+    write_sentence_layout(base)
+    file, prompts = base / "config_sentence_transformers.json", {"query": "query: ", "document": ""}
+    file.write_text(json.dumps({"prompts": prompts, "default_prompt_name": "query"}))
+    with pytest.raises(ExportError, match=r"default_prompt_name 'query', which puts 'query: ' before every text"):
+        describe_base(str(base))
+    for name in ("document", None):
+        edit_json(file, default_prompt_name=name)
+        assert describe_base(str(base)).sentence is not None
+
+
 def test_newer_sentence_layout_and_flags(base: Path) -> None:
     write_sentence_layout(base, normalize=False)
     (base / "1_Pooling/config.json").write_text('{"pooling_mode": "cls"}')
@@ -223,6 +267,29 @@ def test_scores_are_those_of_transformers_pipeline(kind: str | None, count: int,
         Scores.NONE: torch.tensor(logits),
     }
     assert np.allclose(scores_from(logits, scores), wanted[scores], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "got"),
+    [
+        ({"pad_token_id": None}, "max_position_embeddings 66, padding token None"),
+        ({"max_position_embeddings": 2}, "max_position_embeddings 2, padding token 1"),
+        ({"pad_token_id": 65}, "max_position_embeddings 66, padding token 65"),
+    ],
+)
+def test_a_padding_token_that_leaves_no_positions(tmp_path: Path, changes: dict[str, Any], got: str) -> None:
+    described = describe_base(str(write_encoder(tmp_path / "base", "roberta")))
+    for name, value in changes.items():
+        setattr(described.config, name, value)
+    with pytest.raises(ExportError, match=f"no position is left for a text; got {got}; need positions beyond"):
+        positions_of(described)
+
+
+def test_a_feed_forward_in_chunks_is_refused(tmp_path: Path) -> None:
+    checkpoint = write_random(tmp_path)
+    edit_json(checkpoint.base / "config.json", chunk_size_feed_forward=2)
+    with pytest.raises(ExportError, match=r"chunks of the feed-forward are a loop.*got chunk_size_feed_forward 2"):
+        read_inputs(checkpoint.spec())
 
 
 def test_positions_of_families(tmp_path: Path) -> None:
@@ -379,6 +446,47 @@ def test_a_session_checks_what_it_is_given(embedder: EncoderBuilt, tmp_path: Pat
     routing = route_for(embedder.bundle.manifest, graph, "base", None).routing
     with pytest.raises(NumericError, match="embeddings is not finite for row 1"):
         encode_batch(session, texts, [routing] * 2)
+
+
+def test_a_text_that_is_not_finite_is_named(embedder: EncoderBuilt, tmp_path: Path) -> None:
+    """As the caller numbers them, not as they run: gated rows first, short ones first."""
+    broken = copy_of(embedder.bundle.root, tmp_path)
+    edit_weight(
+        broken, "embeddings.word_embeddings.weight", lambda rows: np.where(np.arange(64)[:, None] == 9, np.nan, rows)
+    )
+    reseal(broken)
+    good, bad = EncodedText((2, 3), (0, 0)), EncodedText((2, 9, 3), (0, 0, 0))
+    with load_encoder(broken, threads=1) as encoder:
+        routings = [route_for(encoder.manifest, encoder.graph, name, None).routing for name in ("base", "xlora")]
+        for row, batch in enumerate(([bad, good], [good, bad])):
+            with pytest.raises(NumericError, match=f"embeddings is not finite for row {row} "):
+                encode_batch(encoder.session, batch, routings)
+        long = EncodedText((2, 5, 5, 5, 3), (0,) * 5)
+        texts = [Variant(long, "base"), Variant(bad, "base"), Variant(good, "xlora"), Variant(good, "base")]
+        with pytest.raises(NumericError, match="embeddings is not finite for text 2"):
+            embed(encoder, texts, EncodeOptions(batch_size=3))
+
+
+def test_labels_cannot_write_to_the_terminal(
+    classifier: EncoderBuilt, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = copy_of(classifier.bundle.root, tmp_path)
+    manifest = read_manifest((root / "manifest.json").read_bytes())
+    info = manifest.encoder.model_copy(update={"labels": ("\x1b[2J", "a\nb")})
+    (root / "manifest.json").write_bytes(manifest_bytes(manifest.model_copy(update={"encoder": info})))
+    reseal(root)
+    assert main(["classify", str(root), "--text", "up up down", "-q"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert main(["classify", str(root), "--text", "down", "-q"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_no_part_of_a_file_is_left(embedder: EncoderBuilt, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "folder.npy").mkdir()
+    words = ["embed", str(embedder.bundle.root), "--text", "up", "--out", str(tmp_path / "folder.npy"), "-q"]
+    assert main(words) == 2
+    assert "cannot write the embeddings" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.npy"]
 
 
 def test_what_bundles_and_checkpoints_say(classifier: EncoderBuilt, embedder: EncoderBuilt) -> None:

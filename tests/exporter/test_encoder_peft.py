@@ -26,6 +26,7 @@ from tests.exporter.encoder_makers import (
     HIDDEN,
     SIZES,
     TARGETS,
+    EncoderBuilt,
     encoded,
     load_encoder_model,
     reference_of,
@@ -194,6 +195,22 @@ def test_heads_that_peft_saves_with_every_classifier(tmp_path: Path) -> None:
         assert one.label == labels[str(int(row.argmax()))]
         assert one.score == pytest.approx(float(row.max()), abs=1e-5)
         assert sum(one.scores.values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_saved_mix_is_a_lora_that_peft_loads(classifier: EncoderBuilt) -> None:
+    base = classifier.checkpoint.base
+    with torch.no_grad():
+        plain = load_encoder_model(base)(**encoded(base, TEXTS)).logits
+        wanted = (
+            PeftModel.from_pretrained(load_encoder_model(base), base.parent / "saved")
+            .eval()(**encoded(base, TEXTS))
+            .logits
+        )
+    with load_encoder(classifier.bundle.root, threads=1) as encoder:
+        found = classify(encoder, TEXTS, EncodeOptions(variant="static"))
+    got = torch.tensor([one.logits for one in found])
+    assert float((got - wanted).abs().max()) <= LIMIT
+    assert float((got - plain).abs().max()) > 1e3 * LIMIT
 
 
 def _train_head(tensors: dict[str, torch.Tensor]) -> None:

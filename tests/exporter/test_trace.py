@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from exporter.attention import CacheState, require_window
 from exporter.build_bundle import build
+from exporter.dynamic import traced_model
 from exporter.errors import ExportError
 from exporter.graph_exports import export_dynamic
 from exporter.inputs import check_spec, default_out
@@ -23,7 +25,7 @@ from exporter.store import WeightStore
 from exporter.trace import EXAMPLE_SIZES, example_inputs
 from runtime.manifest import Emit, Mode
 from runtime.signature import CacheStyle, SignatureShape, signature_from_shape
-from tests.exporter.checkpoint_makers import edit_json, write_lora
+from tests.exporter.checkpoint_makers import edit_json, load_model, write_base, write_lora
 from tests.exporter.tiny_builds import Built, assert_named_dimensions, load, named_sources, quick, write_lively_base
 
 
@@ -132,6 +134,18 @@ def test_a_window_that_lives_in_the_mask_only_is_refused() -> None:
     config.layer_types = ["full_attention", "sliding_attention"]
     state.allowed(4096)
     require_window(config, state)
+
+
+def test_a_trace_looks_for_the_window(tmp_path: Path) -> None:
+    """Llama's attention function knows of no window, whatever a config holds."""
+    model, ids = load_model(write_base(tmp_path / "base")), torch.zeros(1, 3, dtype=torch.int64)
+    for window in (None, 5):
+        model.config.sliding_window = window
+        refused = (
+            pytest.raises(ExportError, match="sliding window of llama does not reach") if window else nullcontext()
+        )
+        with traced_model(model, (), None, CacheStyle.NONE) as traced, torch.no_grad(), refused:
+            traced(input_ids=ids, position_ids=torch.arange(3)[None], logit_index=ids)
 
 
 def test_softcap_is_refused_in_modern_only() -> None:
