@@ -212,6 +212,14 @@ def measured(
         session.close()
 
 
+def measured_precisely(parts: Parts, graph: GraphInfo, folder: Path) -> VerifyReport:
+    """The same against the reference with fp64 products: what is left is the graph's own noise, not torch's besides."""
+    verification = make_verification(parts, BuildSpec(verify=VerifyLevel.QUICK), None)
+    [scenario, *_] = verification.scenarios(graph)
+    assert scenario.precise is not None
+    return measured(parts, graph, folder, scenarios=[replace(scenario, reference=scenario.precise)])
+
+
 def failed(report: VerifyReport) -> dict[str, Check]:
     """The checks that failed, by name."""
     return {check.name: check for check in report.checks if not check.passed}
