@@ -104,7 +104,7 @@ def apart(reference: Reference, answer: np.ndarray[Any, Any], row: Sequence[floa
     return float((np.abs(got - want) / (1 + np.abs(want))).max())
 
 
-@pytest.mark.parametrize("family", NEW)
+@pytest.mark.parametrize("family", [*NEW, *FAMILIES])
 def test_experts_alone_and_mixed_are_the_reference(family: str, family_build: Build) -> None:
     """And whichever of three experts is left out is missed."""
     built = family_build(family)
