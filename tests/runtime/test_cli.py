@@ -44,7 +44,7 @@ def test_json_prints_one_object_a_prompt(bundle: Path, tmp_path: Path, capsys: p
     assert [line["text"] for line in got] == [completion.text for completion in want]
     assert [line["finish_reason"] for line in got] == ["length"] * 3
     assert got[1]["timings"]["prompt_tokens"] == 3
-    assert set(got[0]) == {"token_ids", "text", "finish_reason", "timings", "variant"}
+    assert set(got[0]) == {"token_ids", "text", "finish_reason", "timings", "variant", "divergence"}
     assert (
         err == "graph dynamic (dynamic, portable) on cpu; verified, level full, stage A; stage B: not needed (fp32)\n"
     )
