@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.decode import Divergence, Freeze
-from runtime.errors import NumericError
+from runtime.errors import UserError
 from runtime.measures import Wide, divergence
 from runtime.passes import CHUNK, Floats, Ids, Layout, Routing, last_logits, nowhere
 from runtime.rows import Rows
@@ -95,7 +95,7 @@ class FrozenPasses:
             try:
                 main = layout.main_pass(tokens, counts, self._scalings.of(gate, live))
                 logits = last_logits(self._session, main)
-            except NumericError:
+            except UserError:
                 for slot, length in enumerate(seen.tolist()):
                     self._session.truncate(slot, length)
                 raise
