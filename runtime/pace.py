@@ -65,6 +65,7 @@ class Pace:
         if self._is_old(StepKind.MAIN) or (self._is_old(StepKind.SCALING) and self._is_old(StepKind.DRAFTING)):
             return False
         if self._is_old(StepKind.PAIRED) or not self._drafts:
+            self._drafts.clear()  # they are of another part of the text
             self._stretch = STRETCH - 1
             return True
         return drafts_pay(sum(self._drafts) / len(self._drafts), rows, self._typical())
