@@ -217,7 +217,7 @@ def _batches(ways: Sequence[_Way], wanted: int, decode: Decode) -> list[list[int
         is_cached = session.signature.cache_style is not CacheStyle.NONE
         most = session.limits.rows
         if decode.mode is DecodeMode.PAIRED and is_gated(session, [ways[n].route.routing for n in numbers]):
-            most = max(1, most // 2)  # its steps carry gated rows twice
+            most = max(1, min(most, session.limits.decode_rows // 2))  # its steps carry gated rows twice
         size = min(wanted, most) if is_cached else 1
         batches += [numbers[start : start + size] for start in range(0, len(numbers), size)]
     return sorted(batches)

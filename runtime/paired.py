@@ -67,7 +67,7 @@ class PairedPasses:
         gated = self._layout.gated
         self._drafters = [drafters[row] for row in self._layout.order[:gated]]
         self._always_draws = any(drafter.is_sampled for drafter in self._drafters)
-        self._fits = self._layout.slots <= session.limits.rows  # both passes in one step
+        self._fits = self._layout.slots <= session.limits.decode_rows  # both passes in one step
         self._ahead: list[Ahead | None] = [None] * gated
         self._drawn: list[int | None] = [None] * gated  # drafts, also those that did not run
         session.allocate(self._layout.slots, adapters)
@@ -81,7 +81,12 @@ class PairedPasses:
         tokens, counts = tokens[layout.order], counts[layout.order]
         self._judge(tokens, counts)
         wanting = [bool(counts[row] == 1) and drafter.wants_draft for row, drafter in enumerate(self._drafters)]
-        runs = any(wanting) and self._fits and (self._pace is None or self._pace.drafts(sum(wanting)))
+        runs = (
+            any(wanting)
+            and self._fits
+            and tokens.shape[1] == 1
+            and (self._pace is None or self._pace.drafts(sum(wanting)))
+        )
         draws = runs or (any(wanting) and self._always_draws)
         with layout.numbered():
             gates = self._catch_up(tokens[: layout.gated], counts[: layout.gated], draws=draws)
@@ -184,8 +189,8 @@ class PairedPasses:
         )
 
     def _step(self, kind: StepKind, rows: Rows) -> StepResult:
-        is_timed = self._pace is not None and rows.tokens.shape[1] == 1
-        with self._pace.timed(kind) if self._pace is not None and is_timed else nullcontext():
+        is_decoding = rows.tokens.shape[1] == 1
+        with self._pace.timed(kind) if self._pace is not None and is_decoding else nullcontext():
             return self._session.step(rows)
 
 

@@ -17,12 +17,13 @@ from runtime.decode import Decode, DecodeMode
 from runtime.generate import generate
 from runtime.ladder import open_ladder
 from runtime.paired import Ahead, PairedPasses
-from runtime.passes import ExactPasses, Routing
+from runtime.passes import ExactPasses, Passes, Routing
 from runtime.request import Request
 from runtime.rows import Rows, StepResult
 from runtime.session import SessionSettings, StepLimits
 from runtime.signature import CacheStyle
 from runtime.stacks import Stack
+from tests.runtime import fake_tensorrt
 from tests.runtime.tiny_bundles import BYTE_SHAPE, SCALING_PASS, tiny_bundle
 from tests.runtime.tiny_graphs import TinyShape, open_tiny, tiny_weights
 from tests.same_tokens import Logits, Ties, seen_logits
@@ -70,6 +71,19 @@ def compare(
 
 def random_prompts(random: np.random.Generator, count: int, vocab: int, longest: int = 9) -> list[list[int]]:
     return [random.integers(0, vocab, random.integers(1, longest)).tolist() for _ in range(count)]
+
+
+@dataclasses.dataclass
+class Guesser:
+    """Drafts the likeliest token."""
+
+    wants_draft: bool = True
+    drafts: int = 0
+    is_sampled = False
+
+    def draft(self, logits: Any) -> int:
+        self.drafts += 1
+        return int(logits.argmax())
 
 
 # --- the same tokens ------------------------------------------------------------------------------
@@ -172,6 +186,41 @@ class Anything:
         return True
 
 
+def decoded(passes: Passes, drafters: Sequence[Guesser], prompts: Sequence[Sequence[int]], count: int) -> np.ndarray:
+    """Greedy logits [count, B, V]."""
+    counts = np.array([len(prompt) for prompt in prompts])
+    tokens = np.array([[*prompt, *[0] * (counts.max() - len(prompt))] for prompt in prompts])
+    found = []
+    for _ in range(count):
+        found.append(passes.forward(tokens, counts))
+        tokens, counts = found[-1].argmax(-1)[:, None], np.ones(len(prompts), np.int64)
+        for drafter in drafters:
+            drafter.wants_draft = True
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("cache", [CacheStyle.APPEND, CacheStyle.ALIAS])
+def test_the_other_backend_gives_the_same(cache: CacheStyle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT's session, on the fake GPU: captured graphs, slots that are cut, two widths of batch."""
+    fake_tensorrt.install(monkeypatch)
+    shape = dataclasses.replace(SMALL, cache=cache)
+    session, ties = fake_tensorrt.open_fake(shape, tiny_weights(shape)), Ties()
+    gate = Routing(np.tile(np.float32(SCALING_PASS), (shape.blocks, 1)), is_gated=True)
+    code = Routing(np.tile(np.float32((0, 1, 0)), (shape.blocks, 1)))
+    for routings in ([gate], [code, gate]):
+        prompts = [[1, 2, 3], [4, 5]][: len(routings)]
+        want = decoded(ExactPasses(session, routings), [], prompts, 12)
+        drafters = [Guesser(wants_draft=False) for _ in prompts]
+        paired = PairedPasses(session, routings, drafters)
+        assert (session.limits.rows, session.limits.decode_rows) == (6, 12)
+        got = decoded(paired, drafters, prompts, 12)
+        for row in range(len(prompts)):
+            ties.compare(list(want[:, row]), list(got[:, row]), f"row {row}")
+        assert 0 < sum(drafter.drafts for drafter in drafters) == 11
+    ties.check()
+    session.close()
+
+
 # --- the number of steps --------------------------------------------------------------------------
 
 
@@ -255,7 +304,7 @@ def test_batches_leave_room_for_both_passes(
 ) -> None:
     want = [each.token_ids for each in complete(model, PROMPTS, EXACT)]
     steps.clear()
-    monkeypatch.setattr(model.session, "limits", StepLimits(positions=200, rows=rows))
+    monkeypatch.setattr(model.session, "limits", StepLimits(positions=200, decode_rows=rows))
     found = complete(model, PROMPTS, PAIRED)
     assert [each.token_ids for each in found] == want
     assert {len(step.counts) for step in steps} == sizes
@@ -265,7 +314,7 @@ def test_batches_leave_room_for_both_passes(
 def test_auto_keeps_full_batches_where_both_passes_do_not_fit(
     model: Model, steps: list[Rows], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model.session, "limits", StepLimits(positions=200, rows=4))
+    monkeypatch.setattr(model.session, "limits", StepLimits(positions=200, rows=4, decode_rows=4))
     complete(model, PROMPTS, AUTO)
     assert [len(step.counts) for step in steps] == [4] * 24
 
@@ -306,15 +355,6 @@ def test_bad_numbers_of_a_token_that_comes_name_its_prompt(tmp_path: Path) -> No
     assert [event.token_id for event in events if event.prompt == 3] == list(good[2][: place + 1])
 
 
-class Guesser:
-    """Drafts the likeliest token, always."""
-
-    is_sampled, wants_draft = False, True
-
-    def draft(self, logits: Any) -> int:
-        return int(logits.argmax())
-
-
 class Failing(OrtSession):
     """Fails at the step of this number, before anything is computed."""
 
@@ -345,7 +385,7 @@ def test_a_call_that_failed_can_be_repeated(tmp_path: Path, fails: int) -> None:
     want = [exact_passes.forward(*call) for call in calls]
     session = Failing(tmp_path / "dynamic.onnx", shape.signature, settings)
     session.fails = fails
-    passes, got, failed = PairedPasses(session, [code, gate, gate], [Guesser()] * 3), [], []
+    passes, got, failed = PairedPasses(session, [code, gate, gate], [Guesser(), Guesser(), Guesser()]), [], []
     for call in calls:
         try:
             got.append(passes.forward(*call))
