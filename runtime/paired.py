@@ -109,7 +109,7 @@ class PairedPasses:
         if not counts.any():
             return None
         known = [
-            ahead is not None and count == 1 and ahead.token == token and (ahead.logits is not None or not draws)
+            ahead is not None and count == 1 and ahead.token == token
             for ahead, count, token in zip(self._ahead, counts, tokens[:, 0], strict=True)
         ]
         missing = np.where(known, 0, counts)
@@ -119,7 +119,7 @@ class PairedPasses:
             rows = self._layout.scaling_pass(tokens, missing, index)
             result = self._step(StepKind.DRAFTING if draws else StepKind.SCALING, rows)
             assert result.gate is not None
-            gates = result.gate.copy() if any(known) else result.gate
+            gates = result.gate
             for row in np.flatnonzero(missing == 1):
                 logits = result.logits[row, 0] if draws else None
                 self._ahead[row] = Ahead(int(tokens[row, 0]), gates[row, 0], logits)

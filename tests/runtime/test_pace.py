@@ -37,12 +37,12 @@ def test_the_rule(accepted: float, rows: int, seconds: StepSeconds, pays: bool) 
 
 
 class Decoding:
-    """One row whose drafts come true at random, and a clock that its steps move."""
+    """Rows whose drafts come true at random, and a clock that their steps move."""
 
-    def __init__(self, seconds: StepSeconds, seed: int = 0, noise: float = 0.0) -> None:
+    def __init__(self, seconds: StepSeconds, seed: int = 0, noise: float = 0.0, rows: int = 1) -> None:
         self.now, self.random, self.noise = 0.0, np.random.default_rng(seed), noise
         self.seconds = {kind: getattr(seconds, kind.value) for kind in StepKind}
-        self.pace = Pace(1, lambda: self.now)
+        self.pace, self.rows = Pace(rows, lambda: self.now), rows
         self._ran = False
         self.steps = 0
 
@@ -50,11 +50,11 @@ class Decoding:
         """Decode: at which tokens drafts ran."""
         drafted = []
         for _ in range(count):
-            came_true = self.random.random() < accepted
-            if self._ran:
-                self.pace.saw_draft(came_true=came_true)
-            runs = self.pace.drafts(1)
-            if not (self._ran and came_true):
+            came_true = self.random.random(self.rows) < accepted
+            for each in came_true if self._ran else ():
+                self.pace.saw_draft(came_true=bool(each))
+            runs = self.pace.drafts(self.rows)
+            if not (self._ran and came_true.all()):
                 self._step(StepKind.DRAFTING if runs else StepKind.SCALING)
             self._step(StepKind.PAIRED if runs else StepKind.MAIN)
             self._ran = runs
@@ -107,11 +107,13 @@ def test_without_drafts_it_tries_a_stretch_now_and_then() -> None:
     assert set(pauses) == {EVERY}
 
 
-def test_it_follows_a_text_that_changes() -> None:
-    decoding = Decoding(BOUND_BY_MEMORY)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_it_follows_a_text_that_changes(rows: int) -> None:
+    """After one try; of four rows, what came before would outweigh it."""
+    decoding = Decoding(BOUND_BY_MEMORY, rows=rows)
     assert np.mean(decoding.tokens(500, 0.0)) < 0.2
-    decoding.tokens(100, 0.95)
-    assert np.mean(decoding.tokens(500, 0.95)) > 0.9
+    decoding.tokens(EVERY + 2 * STRETCH, 0.95)
+    assert np.mean(decoding.tokens(200, 0.95)) > 0.9
     decoding.tokens(100, 0.0)
     assert np.mean(decoding.tokens(500, 0.0)) < 0.2
 

@@ -221,6 +221,41 @@ def test_the_other_backend_gives_the_same(cache: CacheStyle, monkeypatch: pytest
     session.close()
 
 
+def one_row(tmp_path: Path) -> tuple[OrtSession, Routing]:
+    gate = Routing(np.tile(np.float32(SCALING_PASS), (SMALL.blocks, 1)), is_gated=True)
+    return open_tiny(tmp_path, SMALL, tiny_weights(SMALL)), gate
+
+
+def test_no_draft_passes_the_last_position(tmp_path: Path) -> None:
+    """Whoever drafts, and however long."""
+    session, gate = one_row(tmp_path)
+    want = decoded(ExactPasses(session, [gate]), [], [[1, 2, 3]], 38)
+    drafter = Guesser()
+    got = decoded(PairedPasses(session, [gate], [drafter]), [drafter], [[1, 2, 3]], 38)
+    ties = Ties()
+    ties.compare(list(want[:, 0]), list(got[:, 0]), "to the end")
+    assert session.lengths.tolist() == [40, 40]
+    assert drafter.drafts == 37
+    session.close()
+
+
+def test_several_tokens_may_follow_a_draft(tmp_path: Path) -> None:
+    """The first of them is the drafted one: the others have no gate yet."""
+    session, gate = one_row(tmp_path)
+    calls = [(np.array([[1, 2, 3]]), np.array([3])), (np.array([[4]]), np.array([1]))]
+    passes = PairedPasses(session, [gate], [Guesser()])
+    for call in calls:
+        passes.forward(*call)
+    drafted = passes._ahead[0]
+    assert drafted is not None
+    calls.append((np.array([[drafted.token, 5, 6]]), np.array([3])))
+    got = passes.forward(*calls[-1])
+    exact = ExactPasses(session, [gate])
+    want = [exact.forward(*call) for call in calls][-1]
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    session.close()
+
+
 # --- the number of steps --------------------------------------------------------------------------
 
 
