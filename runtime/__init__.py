@@ -6,6 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from runtime.decode import Decode as Decode
+    from runtime.decode import DecodeMode as DecodeMode
+    from runtime.decode import Divergence as Divergence
+    from runtime.decode import Freeze as Freeze
     from runtime.encode import Classification as Classification
     from runtime.encode import EncodeOptions as EncodeOptions
     from runtime.encode import Encoder as Encoder
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
 _HOMES = {
     name: module
     for module, names in {
+        "runtime.decode": ("Decode", "DecodeMode", "Divergence", "Freeze"),
         "runtime.encode": (
             "Classification",
             "Encoder",

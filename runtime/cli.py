@@ -7,7 +7,7 @@ import dataclasses
 import io
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from runtime.errors import InputError, raise_all
 if TYPE_CHECKING:
     from runtime.generate import GenerateOptions, Routed
     from runtime.model import Model
+    from runtime.request import Completion
 
 MAX_PROMPT_BYTES = 16 << 20
 
@@ -77,6 +78,13 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     way.add_argument("--variant", dest="variants", action="append", default=[], metavar="NAME", help=several)
     fixed = "fixed scalings, 'base' for no expert, or a mix file"
     way.add_argument("--mix", metavar="math=0.7,code=0.3|FILE.json", help=fixed)
+    ladder = command.add_argument_group("how tokens under a gate are decoded")
+    rungs = "exact: two passes a token; paired: the same tokens, about one step a token where drafts come true; auto "
+    rungs += "(default): the faster of these; frozen[:K], approximate: the scalings stay after K new tokens"
+    ladder.add_argument("--decode", default="auto", metavar="exact|paired|auto|frozen[:K]", help=rungs)
+    ladder.add_argument(
+        "--freeze", metavar="last|mean", help="what stays: the last token's (default) or the mean so far"
+    )
     hot = command.add_argument_group("adapters loaded before the prompts run, of a bundle whose adapters are inputs")
     several = "a PEFT LoRA folder under a new name, or in the place of what has that name; may be repeated"
     hot.add_argument("--load", dest="loads", action="append", default=[], metavar="NAME=DIR", type=_named, help=several)
@@ -85,7 +93,9 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=0.0, metavar="T")
     add("--top-k", type=int, metavar="K")
     add("--top-p", type=float, metavar="P")
-    add("--seed", type=int, metavar="S", help="same seed and prompt, same text, whatever else is in the batch")
+    add(
+        "--seed", type=int, metavar="S", help="same seed, prompt and --decode, same text, whatever else is in the batch"
+    )
     add("--batch-size", type=int, default=16, metavar="N", help="prompts that run together (default 16)")
     add("--graph", metavar="NAME", help="a graph's name or mode (default: the variant's, or the dynamic one)")
     _add_backend(add)
@@ -163,9 +173,12 @@ def generate(args: argparse.Namespace) -> int:
             if note := mix_note(mix.weights if mix else {}):
                 print(f"note: {note}", file=sys.stderr)
         if args.stream:
-            _print_stream(model, prompts, options)
+            completions = _print_stream(model, prompts, options)
         else:
-            _print_completions(model, prompts, options, as_json=args.json)
+            completions = _print_completions(model, prompts, options, as_json=args.json)
+    if not args.quiet and not args.json:  # which says it already
+        for note in _decoding_notes(completions):
+            print(note, file=sys.stderr)
     return 0
 
 
@@ -178,25 +191,46 @@ def _load_adapters(model: Model, args: argparse.Namespace) -> None:
             print(f"note: {loaded.alias}: {note}", file=sys.stderr)
 
 
-def _print_stream(model: Model, prompts: list[Routed], options: GenerateOptions) -> None:
-    from runtime.generate import generate as events
+def _print_stream(model: Model, prompts: list[Routed], options: GenerateOptions) -> list[Completion]:
+    from runtime.generate import prepare
 
     labels, begun = _labels(prompts), set()
-    for event in events(model, prompts, dataclasses.replace(options, batch_size=1)):
+    requests, events = prepare(model, prompts, dataclasses.replace(options, batch_size=1))
+    for event in events:
         label = "" if event.prompt in begun else labels[event.prompt]
         begun.add(event.prompt)
         text = event.text if model.text else f"{event.token_id} "
         print(f"{label}{text}", end="\n" if event.finish_reason else "", flush=True)
+    return [request.completion() for request in requests]
 
 
-def _print_completions(model: Model, prompts: list[Routed], options: GenerateOptions, *, as_json: bool) -> None:
+def _print_completions(
+    model: Model, prompts: list[Routed], options: GenerateOptions, *, as_json: bool
+) -> list[Completion]:
     from runtime.generate import complete
 
-    for completion, label in zip(complete(model, prompts, options), _labels(prompts), strict=True):
+    completions = complete(model, prompts, options)
+    for completion, label in zip(completions, _labels(prompts), strict=True):
         if as_json:
             print(json.dumps(dataclasses.asdict(completion), ensure_ascii=False))
         else:
             print(label + (completion.text if model.text else " ".join(map(str, completion.token_ids))))
+    return completions
+
+
+def _decoding_notes(completions: Sequence[Completion]) -> Iterator[str]:
+    """How many drafts came true; how far frozen scalings are from exact."""
+    drafts = sum(completion.timings.drafts for completion in completions)
+    accepted = sum(completion.timings.accepted for completion in completions)
+    if drafts:
+        yield f"drafts: {accepted} of {drafts} came true ({accepted / drafts:.0%})"
+    found = [each.divergence for each in completions if each.divergence is not None]
+    if found:
+        tokens = sum(each.tokens for each in found)
+        kl = sum(each.tokens * each.kl_mean for each in found) / max(tokens, 1)
+        same = sum(each.tokens * each.same_top for each in found) / max(tokens, 1)
+        measured = f"KL to exact {kl:.3g} nats a token, the same top token {same:.1%}; of {tokens} tokens"
+        yield f"frozen scalings (approximate): {measured if tokens else 'no token was chosen under them'}"
 
 
 def _labels(prompts: list[Routed]) -> list[str]:
@@ -206,6 +240,7 @@ def _labels(prompts: list[Routed]) -> list[str]:
 
 
 def _options(args: argparse.Namespace) -> GenerateOptions:
+    from runtime.decode import decode_from_text
     from runtime.generate import GenerateOptions
     from runtime.sampling import Sampling
 
@@ -214,6 +249,8 @@ def _options(args: argparse.Namespace) -> GenerateOptions:
         sampling=Sampling(args.temperature, args.top_k, args.top_p, args.seed),
         stop=tuple(args.stop),
         batch_size=args.batch_size,
+        decode=decode_from_text(args.decode, args.freeze),
+        measure_frozen=args.json or not args.quiet,
     )
 
 

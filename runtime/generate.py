@@ -13,11 +13,14 @@ import numpy as np
 
 from runtime.adapter_folder.problems import gathering
 from runtime.adapter_pool import Generation
+from runtime.decode import Decode, DecodeMode, decode_from_text
 from runtime.errors import InputError, NumericError, raise_all
+from runtime.frozen import FrozenText, frozen_divergence
+from runtime.ladder import frozen_from, is_gated, open_ladder, stack_for
 from runtime.model import Model
-from runtime.passes import Ids
+from runtime.passes import Ids, Passes
 from runtime.request import Completion, Limits, Request, TokenEvent
-from runtime.routing import Columns, Mix, Route, open_passes, route_for
+from runtime.routing import Columns, Mix, Route, route_for
 from runtime.sampling import Sampler, Sampling
 from runtime.session import Session, StepLimits
 from runtime.signature import CacheStyle
@@ -49,6 +52,8 @@ class GenerateOptions:
     stop: tuple[str, ...] = ()  # texts that end a request; they are left out of its text
     stop_token_ids: tuple[int, ...] = ()  # besides the model's end tokens
     batch_size: int = 16  # prompts that run together
+    decode: str | Decode = DecodeMode.AUTO.value  # exact, paired, auto or frozen:K; of rows under the gate
+    measure_frozen: bool = False  # how far frozen scalings are from exact, once a batch has ended
 
     def __post_init__(self) -> None:
         problems = []
@@ -60,6 +65,8 @@ class GenerateOptions:
             problems.append(InputError("batch_size", got=str(self.batch_size), need="at least 1"))
         if self.variant is not None and self.mix is not None:
             problems.append(InputError("a variant has its own mix", got="a variant and a mix", need="one of them"))
+        with gathering(problems):
+            _decode_of(self)
         raise_all("options", problems)
 
 
@@ -76,7 +83,7 @@ def generate(
     Rows of a batch advance together. Batches hold prompts of one graph and come in the order of their first ones: with
     a batch size of 1, prompt after prompt.
     """
-    _, events = _prepare(model, prompts, options or GenerateOptions(), generation)
+    _, events = prepare(model, prompts, options, generation)
     return events
 
 
@@ -87,10 +94,33 @@ def complete(
     generation: Generation | None = None,
 ) -> list[Completion]:
     """Generate to the end: one completion a prompt, in the order of the prompts."""
-    requests, events = _prepare(model, prompts, options or GenerateOptions(), generation)
+    requests, events = prepare(model, prompts, options, generation)
     for _ in events:
         pass
     return [request.completion() for request in requests]
+
+
+def prepare(
+    model: Model,
+    prompts: Sequence[Prompt | Routed],
+    options: GenerateOptions | None = None,
+    generation: Generation | None = None,
+) -> tuple[list[Request], Iterator[TokenEvent]]:
+    """What `generate` yields, and the requests that have their completions once it has ended."""
+    options = options or GenerateOptions()
+    if isinstance(prompts, str):
+        raise InputError("prompts", got="one string", need="a list of prompts")
+    if generation is None and model.adapters is not None:
+        generation = model.adapters.current  # what all these prompts will see to their end
+    elif generation is not None and not (model.adapters and model.adapters.has(generation)):
+        raise InputError("this generation of adapters is another model's", fix="give one of this model's adapters")
+    requests, ways = _requests(model, prompts, options, generation)
+    decode, stack = _decode_of(options), generation.stack if generation else None
+    batches = [
+        _Batch(numbers, [requests[n] for n in numbers], [ways[n] for n in numbers], decode, stack)
+        for numbers in _batches(ways, options.batch_size, decode)
+    ]
+    return requests, (event for batch in batches for event in _run(model, batch, measures=options.measure_frozen))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,19 +132,39 @@ class _Way:
     session: Session
 
 
-def _prepare(
-    model: Model, prompts: Sequence[Prompt | Routed], options: GenerateOptions, generation: Generation | None
-) -> tuple[list[Request], Iterator[TokenEvent]]:
-    if isinstance(prompts, str):
-        raise InputError("prompts", got="one string", need="a list of prompts")
-    if generation is None and model.adapters is not None:
-        generation = model.adapters.current  # what all these prompts will see to their end
-    elif generation is not None and not (model.adapters and model.adapters.has(generation)):
-        raise InputError("this generation of adapters is another model's", fix="give one of this model's adapters")
-    requests, ways = _requests(model, prompts, options, generation)
-    batches = _batches(ways, options.batch_size)
-    stack = generation.stack if generation else None
-    return requests, (event for batch in batches for event in _run(model, requests, ways, batch, stack))
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Prompts that run together, in one session."""
+
+    numbers: list[int]  # of the prompts
+    requests: list[Request]
+    ways: list[_Way]
+    decode: Decode
+    adapters: Stack | None
+
+    @property
+    def session(self) -> Session:
+        """The one of all its ways."""
+        return self.ways[0].session
+
+    def open(self) -> Passes:
+        """Its passes, at their start."""
+        routings = [way.route.routing for way in self.ways]
+        return open_ladder(self.session, routings, self.requests, self.decode, self.adapters)
+
+    def measure_frozen(self) -> None:
+        """Give each request under frozen scalings its distance from exact decoding."""
+        for row, (request, way) in enumerate(zip(self.requests, self.ways, strict=True)):
+            if not is_gated(self.session, [way.route.routing]):
+                continue
+            text = [*request.prompt, *(event.token_id for event in request.events[:-1])]
+            frozen = FrozenText(text, frozen_from(request, self.decode), self.decode.freeze)
+            try:
+                request.divergence = frozen_divergence(
+                    self.session, way.route.routing, frozen, stack_for(self.session, self.adapters)
+                )
+            except NumericError as error:
+                raise NumericError(error.tensor, (row,)) from error
 
 
 def _requests(
@@ -156,7 +206,7 @@ def _way(model: Model, variant: str | None, mix: Mix | None, loaded: Columns | N
     return _Way(variant, route, model.session_of(route.graph))
 
 
-def _batches(ways: Sequence[_Way], wanted: int) -> list[list[int]]:
+def _batches(ways: Sequence[_Way], wanted: int, decode: Decode) -> list[list[int]]:
     """The prompts, by number, that run together: those of one graph, as many as asked for and the session takes."""
     of_graph: dict[str, list[int]] = {}
     for number, way in enumerate(ways):
@@ -165,34 +215,44 @@ def _batches(ways: Sequence[_Way], wanted: int) -> list[list[int]]:
     for numbers in of_graph.values():
         session = ways[numbers[0]].session
         is_cached = session.signature.cache_style is not CacheStyle.NONE
-        size = min(wanted, session.limits.rows) if is_cached else 1
+        most = session.limits.rows
+        if decode.mode is DecodeMode.PAIRED and is_gated(session, [ways[n].route.routing for n in numbers]):
+            most = max(1, min(most, session.limits.decode_rows // 2))  # its steps carry gated rows twice
+        size = min(wanted, most) if is_cached else 1
         batches += [numbers[start : start + size] for start in range(0, len(numbers), size)]
     return sorted(batches)
 
 
-def _run(
-    model: Model, requests: list[Request], ways: Sequence[_Way], batch: list[int], adapters: Stack | None
-) -> Iterator[TokenEvent]:
+def _run(model: Model, batch: _Batch, *, measures: bool) -> Iterator[TokenEvent]:
     """The loop: prefill is its first round, every later one carries a token a row."""
     began = perf_counter()
-    rows, session = [requests[number] for number in batch], ways[batch[0]].session
+    rows, session = batch.requests, batch.session
     model.turn.begin(session)
-    passes = model.turn.holder = open_passes(session, [ways[number].route.routing for number in batch], adapters)
+    passes = model.turn.holder = batch.open()
     try:
         while not all(request.is_done for request in rows):
-            if model.turn.holder is not passes:
-                raise InputError(
-                    "another generation has begun on this model", fix="finish one first, or load the model twice"
-                )
+            _require_turn(model, passes)
             logits = passes.forward(*_padded([request.pending() for request in rows]))
             for request, row in zip(rows, logits, strict=True):
                 if not request.is_done:
                     yield request.accept(row, perf_counter() - began)
+        if measures and batch.decode.mode is DecodeMode.FROZEN:
+            _require_turn(model, passes)
+            batch.measure_frozen()
     except NumericError as error:
-        raise NumericError(error.tensor, tuple(batch[row] + 1 for row in error.rows), "prompt") from error
+        raise NumericError(error.tensor, tuple(batch.numbers[row] + 1 for row in error.rows), "prompt") from error
     finally:
-        if adapters is not None and model.turn.holder is passes:
+        if batch.adapters is not None and model.turn.holder is passes:
             session.allocate(0)  # the session was the last to hold an old generation's adapters
+
+
+def _require_turn(model: Model, passes: Passes) -> None:
+    if model.turn.holder is not passes:
+        raise InputError("another generation has begun on this model", fix="finish one first, or load the model twice")
+
+
+def _decode_of(options: GenerateOptions) -> Decode:
+    return options.decode if isinstance(options.decode, Decode) else decode_from_text(options.decode)
 
 
 def _padded(rows: list[tuple[int, ...]]) -> tuple[Ids, Ids]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,52 +39,80 @@ class Routing:
     is_routed: bool = False  # by the router inside the sites; its scalings are then 1
 
 
+class Layout:
+    """The order of a batch's rows in its session, gated ones first, and the cache slots they take.
+
+    Of B rows G are gated: slots 0..G-1 are of their scaling pass, G..2G-1 of their main pass, 2G..G+B-1 of the other
+    rows, so that either pass, and both together, continue slots in a row.
+    """
+
+    def __init__(self, session: Session, routings: Sequence[Routing]) -> None:
+        self.batch, self.gated = len(routings), sum(routing.is_gated for routing in routings)
+        self.order = np.argsort([not routing.is_gated for routing in routings], kind="stable")
+        self.back = np.argsort(self.order)
+        self.slots = self.gated + self.batch
+        self.scaling_slots, self.main_slots = slice(0, self.gated), slice(self.gated, self.slots)
+        ordered = [routings[place] for place in self.order]
+        self._rows = None if ordered[0].row is None else np.stack([_row(routing) for routing in ordered])[:, None]
+        has_router = session.signature.input(ROUTER) is not None
+        self.router = np.array([routing.is_routed for routing in ordered], np.float32) if has_router else None
+        self._per_length = any(routing.per_length for routing in ordered)
+
+    def constants(self, width: int) -> Floats | None:
+        """[B, S, G, E]: what rows have without a gate, and gated rows in their scaling pass."""
+        if self._rows is None:
+            return None
+        rows = self._rows / np.float32(width) if self._per_length else self._rows  # [B, 1, G, E]
+        return np.broadcast_to(rows, (self.batch, width, *rows.shape[2:]))
+
+    def scaling_pass(self, tokens: Ids, counts: Ids, index: Ids) -> Rows:
+        """The gated rows [G, S] in their scaling pass."""
+        scalings = self.constants(tokens.shape[1])
+        assert scalings is not None
+        head = slice(0, self.gated)
+        router = None if self.router is None else self.router[head]
+        return Rows(tokens, counts, self.scaling_slots, scalings[head], index, router)
+
+    def main_pass(self, tokens: Ids, counts: Ids, gates: Floats | None) -> Rows:
+        """All rows [B, S], the gated ones under `gates` [G, S, G, E]; None: nothing of them runs."""
+        scalings = self.constants(tokens.shape[1])
+        if gates is not None and scalings is not None:
+            scalings = np.concatenate([gates, scalings[self.gated :]])
+        return Rows(tokens, counts, self.main_slots, scalings, last_index(counts), self.router)
+
+    @contextmanager
+    def numbered(self) -> Iterator[None]:
+        """Raise a NumericError of what runs inside with the rows as the caller numbers them."""
+        try:
+            yield
+        except NumericError as error:
+            bad = tuple(sorted(int(self.order[row]) for row in error.rows))
+            raise NumericError(error.tensor, bad) from error
+
+
 class ExactPasses:
     """A scaling pass computes the gate of the gated rows; the main pass runs all rows, under the gate or constants.
 
-    Every cache is append-only. Of B rows G are gated: slots 0..G-1 are of their scaling pass, G..2G-1 of their main
-    pass, 2G..G+B-1 of the other rows, so that either pass continues slots in a row.
+    Every cache is append-only.
     """
 
     def __init__(self, session: Session, routings: Sequence[Routing], adapters: Stack | None = None) -> None:
-        batch, gated = len(routings), sum(routing.is_gated for routing in routings)
-        self._session = session
-        self._order = np.argsort([not routing.is_gated for routing in routings], kind="stable")  # gated rows first
-        self._back = np.argsort(self._order)
-        self._gated, self._scaling_slots, self._main_slots = gated, slice(0, gated), slice(gated, gated + batch)
-        ordered = [routings[place] for place in self._order]
-        self._rows = None if ordered[0].row is None else np.stack([_row(routing) for routing in ordered])[:, None]
-        has_router = session.signature.input(ROUTER) is not None
-        self._router = np.array([routing.is_routed for routing in ordered], np.float32) if has_router else None
-        self._per_length = any(routing.per_length for routing in ordered)
-        session.allocate(gated + batch, adapters)
+        self._session, self._layout = session, Layout(session, routings)
+        session.allocate(self._layout.slots, adapters)
 
     def forward(self, tokens: Ids, counts: Ids) -> Floats:
         """One or two steps of the same network. Raises NumericError with the rows as the caller numbers them."""
-        tokens, counts = tokens[self._order], counts[self._order]
-        try:
-            scalings, index = self._scalings(tokens, counts), last_index(counts)
-            rows = Rows(tokens, counts, self._main_slots, scalings, index, self._router)
-            return last_logits(self._session, rows)[self._back]
-        except NumericError as error:
-            bad = tuple(sorted(int(self._order[row]) for row in error.rows))
-            raise NumericError(error.tensor, bad) from error
+        layout = self._layout
+        tokens, counts = tokens[layout.order], counts[layout.order]
+        with layout.numbered():
+            gates = self._gates(tokens[: layout.gated], counts[: layout.gated])
+            return last_logits(self._session, layout.main_pass(tokens, counts, gates))[layout.back]
 
-    def _scalings(self, tokens: Ids, counts: Ids) -> Floats | None:
-        """[B, S, G, E] of the main pass."""
-        if self._rows is None:
+    def _gates(self, tokens: Ids, counts: Ids) -> Floats | None:
+        """[G, S, G, E] of the gated rows."""
+        if not counts.any():
             return None
-        rows = self._rows / np.float32(tokens.shape[1]) if self._per_length else self._rows  # [B, 1, G, E]
-        scalings = np.broadcast_to(rows, tokens.shape + rows.shape[2:])
-        if not counts[: self._gated].any():
-            return scalings
-        nowhere = np.empty((self._gated, 0), np.int64)  # the scaling pass needs no logits
-        head = slice(0, self._gated)
-        router = None if self._router is None else self._router[head]
-        scaling_pass = Rows(tokens[head], counts[head], self._scaling_slots, scalings[head], nowhere, router)
-        gate = self._session.step(scaling_pass).gate
-        assert gate is not None
-        return np.concatenate([gate, scalings[self._gated :]])
+        return self._session.step(self._layout.scaling_pass(tokens, counts, nowhere(len(tokens)))).gate
 
 
 def _row(routing: Routing) -> Floats:
@@ -123,6 +152,11 @@ class WholeSequence:
 def constant(row: Floats, tokens: Ids) -> Floats:
     """The same scalings [G, E] for all tokens: a [B, S, G, E] view."""
     return np.broadcast_to(row, tokens.shape + row.shape)
+
+
+def nowhere(rows: int) -> Ids:
+    """[B, 0]: the index of a step that needs no logits."""
+    return np.empty((rows, 0), np.int64)
 
 
 def last_index(counts: Ids) -> Ids:

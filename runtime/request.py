@@ -9,7 +9,8 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.sampling import Sampler
+from runtime.decode import Divergence
+from runtime.sampling import Draft, Sampler
 from runtime.text import StopFinder, TextStream
 
 
@@ -39,6 +40,8 @@ class Timings:
     new_tokens: int
     first_token_seconds: float  # prefill
     total_seconds: float
+    drafts: int = 0  # tokens guessed ahead
+    accepted: int = 0  # of these, those that came
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class Completion:
     finish_reason: FinishReason
     timings: Timings
     variant: str | None  # the one asked for by name
+    divergence: Divergence | None = None  # from exact decoding, where it was asked for and scalings were frozen
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,9 @@ class Request:
         self.variant = variant
         self.finish_reason: FinishReason | None = None
         self.events: list[TokenEvent] = []
+        self.divergence: Divergence | None = None
+        self._draft: Draft | None = None  # of the next token
+        self._drafts = self._accepted = 0
         self._limits, self._sampler, self._stream = limits, sampler, stream
         self._stops = StopFinder(limits.stop)
 
@@ -92,9 +99,27 @@ class Request:
             return ()
         return (self.events[-1].token_id,) if self.events else self.prompt
 
+    @property
+    def is_sampled(self) -> bool:
+        """Whether its tokens are drawn at random."""
+        return self._sampler.sampling.temperature > 0
+
+    @property
+    def wants_draft(self) -> bool:
+        """Whether a guess of the next token may help: it will be fed back, and the prompt has been."""
+        return not self.is_done and 0 < len(self.events) < self._limits.max_new_tokens - 1
+
+    def draft(self, logits: NDArray[np.float32]) -> int:
+        """Guess the next token from the scaling pass's logits [V]; `accept` then takes it or leaves it."""
+        self._draft = self._sampler.draft(logits)
+        self._drafts += 1
+        return self._draft.token_id
+
     def accept(self, logits: NDArray[np.float32], seconds: float) -> TokenEvent:
         """Choose the next token from logits [V] and settle what it means."""
-        token_id = self._sampler.choose(logits)
+        token_id = self._sampler.choose(logits, self._draft)
+        self._accepted += self._draft is not None and self._draft.token_id == token_id
+        self._draft = None
         text = self._settle(token_id)
         event = TokenEvent(self.number, token_id, text, self.finish_reason, seconds)
         self.events.append(event)
@@ -108,8 +133,9 @@ class Request:
             token_ids=tuple(event.token_id for event in self.events),
             text="".join(event.text for event in self.events),
             finish_reason=self.finish_reason,
-            timings=Timings(len(self.prompt), len(self.events), first, last),
+            timings=Timings(len(self.prompt), len(self.events), first, last, self._drafts, self._accepted),
             variant=self.variant,
+            divergence=self.divergence,
         )
 
     def _settle(self, token_id: int) -> str:

@@ -81,6 +81,11 @@ def open_passes(session: Session, routings: Sequence[Routing], adapters: Stack |
     passes = ExactPasses(session, routings, adapters if adapter_inputs(session.signature) else None)
     if session.signature.cache_style is CacheStyle.NONE:
         return WholeSequence(passes)
+    return in_chunks(session, passes)
+
+
+def in_chunks(session: Session, passes: Passes) -> Passes:
+    """Passes of which no step is longer than memory and the session allow."""
     return InChunks(passes, min(CHUNK, session.limits.tokens))
 
 

@@ -33,6 +33,7 @@ class StepLimits:
 
     positions: int  # entries of a slot
     rows: int = sys.maxsize  # of one step
+    decode_rows: int = sys.maxsize  # of a step of one token a row
     tokens: int = sys.maxsize  # of one row of a step
     fix: str = ""  # what raises them, where they are not the model's own
 

@@ -61,7 +61,10 @@ class Subject:
 # Another decode mode, or a quantised bundle, of ours is one more entry like these: `generate` are keyword arguments
 # of runtime's GenerateOptions, `graph` is a graph of the bundle.
 OURS = (
-    Subject("X-LoRA exact", "run_ours", Computes.XLORA, "bundle", {"graph": "dynamic"}, graph="dynamic.onnx", passes=2),
+    Subject(
+        "X-LoRA exact", "run_ours", Computes.XLORA, "bundle",
+        {"graph": "dynamic", "generate": {"decode": "exact"}}, graph="dynamic.onnx", passes=2,
+    ),
     Subject("plain base", "run_ours", Computes.BASE, "bundle", {"graph": "static"}, graph="static.onnx"),
     Subject(
         "base in the dynamic graph", "run_ours", Computes.BASE, "bundle",

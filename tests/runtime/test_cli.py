@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def test_json_prints_one_object_a_prompt(bundle: Path, tmp_path: Path, capsys: p
     assert [line["text"] for line in got] == [completion.text for completion in want]
     assert [line["finish_reason"] for line in got] == ["length"] * 3
     assert got[1]["timings"]["prompt_tokens"] == 3
-    assert set(got[0]) == {"token_ids", "text", "finish_reason", "timings", "variant"}
+    assert set(got[0]) == {"token_ids", "text", "finish_reason", "timings", "variant", "divergence"}
     assert (
         err == "graph dynamic (dynamic, portable) on cpu; verified, level full, stage A; stage B: not needed (fp32)\n"
     )
@@ -81,6 +82,45 @@ def test_sampling_flags_reach_the_sampler(bundle: Path, capsys: pytest.CaptureFi
     assert ids("--mix", "base") == ids("--mix", "math=0") != ids("--mix", "code=1")
 
 
+def test_the_way_of_decoding_is_chosen_and_its_success_told(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", bundle, "--prompt", "hello", "--prompt", "日", "--max-new-tokens", 20]
+
+    def told(*more: object) -> tuple[str, list[str]]:
+        code, out, err = run(*words, *more, capsys=capsys)
+        assert code == 0
+        return out, err.splitlines()[1:]
+
+    exact, nothing = told("--decode", "exact")
+    assert nothing == []
+    for more in (["--decode", "paired"], ["--decode", "auto"], [], ["--decode", "paired", "--stream"]):
+        out, [line] = told(*more)
+        assert out == exact
+        assert re.fullmatch(r"drafts: \d+ of \d+ came true \(\d+%\)", line)
+    assert "of 36 came" in told("--decode", "paired")[1][0]
+    number = r"\d[\d.e-]*"
+    pattern = rf"frozen scalings \(approximate\): KL to exact {number} nats a token, the same top token {number}%; of "
+    for more in ([], ["--freeze", "mean"], ["--stream"]):
+        out, [line] = told("--decode", "frozen:2", *more)
+        assert out != exact
+        assert re.fullmatch(pattern + "34 tokens", line)
+    out, lines = told("--decode", "frozen:50")
+    assert (out, lines) == (exact, ["frozen scalings (approximate): no token was chosen under them"])
+    assert told("--decode", "frozen", "--mix", "base")[1] == []
+
+
+def test_json_tells_of_drafts_and_of_the_distance(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", bundle, "--prompt", "hello", "--max-new-tokens", 20, "--json", "-q"]
+    paired = json.loads(run(*words, "--decode", "paired", capsys=capsys)[1])
+    assert paired["timings"]["drafts"] == 18
+    assert 0 < paired["timings"]["accepted"] < 18
+    assert paired["divergence"] is None
+    frozen = json.loads(run(*words, "--decode", "frozen", "--freeze", "mean", capsys=capsys)[1])
+    assert frozen["timings"]["drafts"] == 0
+    assert set(frozen["divergence"]) == {"tokens", "kl_mean", "same_top"}
+    assert frozen["divergence"]["tokens"] == 19
+    assert frozen["divergence"]["kl_mean"] > 0
+
+
 def test_inspect_prints_text_or_the_manifest(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run("inspect", bundle, capsys=capsys)
     assert code == 0
@@ -112,6 +152,14 @@ def test_ids_are_printed_where_there_is_no_tokenizer(tmp_path: Path, capsys: pyt
         (["--prompt", "a", "--max-new-tokens", "0"], "error: max_new_tokens; got 0; need at least 1"),
         (["--prompt", "a", "--max-new-tokens", "9999"], "too long for the model's positions; got 1 prompt tokens and"),
         (["--prompt", "a", "--stop", ""], "error: a stop string is empty"),
+        (
+            ["--prompt", "a", "--decode", "fast"],
+            "error: no such way to decode; got 'fast'; need exact, paired, frozen,",
+        ),
+        (
+            ["--prompt", "a", "--freeze", "mean"],
+            "error: only frozen scalings are frozen; got 'freeze mean with decode au",
+        ),
         (["--prompt", "a", "--threads", "0"], "error: threads; got 0; need at least 1"),
         (["--prompt", "bad \udcff bytes"], "error: prompt 1: tokenizer.json: the tokenizer cannot encode the prompt"),
     ],

@@ -134,12 +134,13 @@ def test_only_gated_rows_pay_for_a_scaling_pass(model: Model, monkeypatch: pytes
     steps: list[Rows] = []
     step = model.session.step
     monkeypatch.setattr(model.session, "step", lambda rows: steps.append(rows) or step(rows))
-    [gated, _, _] = complete(model, [Routed(PROMPTS[0], "xlora")] + [Routed(PROMPTS[1], "math")] * 2, GREEDY)
+    exact = dataclasses.replace(GREEDY, decode="exact")
+    [gated, _, _] = complete(model, [Routed(PROMPTS[0], "xlora")] + [Routed(PROMPTS[1], "math")] * 2, exact)
     assert [len(rows.counts) for rows in steps] == [1, 3] * 12
     assert steps[0].scalings is not None
     assert (steps[0].scalings == np.float32(SCALING_PASS)).all()
     steps.clear()
-    options = dataclasses.replace(GREEDY, stop_token_ids=(gated.token_ids[3],))
+    options = dataclasses.replace(exact, stop_token_ids=(gated.token_ids[3],))
     [gated, other] = complete(model, [Routed(PROMPTS[0], "xlora"), Routed(PROMPTS[1], "math")], options)
     [ended] = complete(model, [Routed(PROMPTS[1], "math")], options)
     assert other.token_ids == ended.token_ids
