@@ -40,6 +40,7 @@ from tests.exporter.tiny_builds import (
     failed,
     load,
     measured,
+    measured_precisely,
     named_sources,
     prompt,
     quick,
@@ -126,6 +127,8 @@ def assert_exported(folder: Path, family: str, sizes: Mapping[str, Any]) -> None
     graph = export_dynamic(parts, spec, DType.FLOAT32, WeightStore(folder)).info
     report = measured(parts, graph, folder)
     assert_wide_margin(report.checks)
+    if family == "gemma2":  # torch's own fp32 has been 2e-5 from fp64 products here
+        report = measured_precisely(parts, graph, folder)
     assert report.checks[0].value <= LOGITS, shown(report.checks)
     assert report.adapters_matter > 0.1
     first = parts.inputs.adapters.experts[0]
