@@ -5,7 +5,7 @@ Blocks are of one kind when their modules, their parameters' shapes and what the
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -62,26 +62,22 @@ def find_blocks(model: PreTrainedModel, names: Mapping[str, str], known_of: Call
     if not lists:
         return None
     path = min(lists, key=lambda name: (name.count("."), name))
-    owners = Counter(
-        owner
-        for owner in {
-            (id(parameter), name[: name.index(".", len(path) + 1)] if name.startswith(f"{path}.") else "")
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-        }
-    )
-    shared = {key for key, times in Counter(key for key, _ in owners).items() if times > 1}
+    holders: defaultdict[int, set[str]] = defaultdict(set)  # parameter -> the blocks that have it, "" for all else
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders[id(parameter)].add(name.removeprefix(f"{path}.").split(".")[0] if name.startswith(f"{path}.") else "")
     first: list[int] = []
     kinds: dict[Hashable, int] = {}
     types = getattr(config, "layer_types", None)
     for number, block in enumerate(_list(model, path)):
         prefix = f"{path}.{number}."
-        is_apart = any(id(parameter) in shared for parameter in block.parameters()) or any(
-            not names[prefix + name].startswith(prefix) for name, _ in block.named_parameters(remove_duplicate=False)
-        )
+        ours = [names[prefix + name] for name, _ in block.named_parameters(remove_duplicate=False)]
+        is_shared = any(len(holders[id(parameter)]) > 1 for parameter in block.parameters())
+        is_apart = is_shared or not all(name.startswith(prefix) for name in ours)
         kind = (
             number if is_apart else None,
             types[number] if types else None,
-            _shape(block, lambda name, prefix=prefix: known_of(names[prefix + name])),  # type: ignore[misc]
+            _shape(block),
+            tuple(map(known_of, ours)),
         )
         first.append(kinds.setdefault(kind, number))
     return Blocks(model, path, tuple(first)) if len(kinds) < len(first) else None
@@ -135,7 +131,7 @@ def _list(model: nn.Module, path: str) -> nn.ModuleList:
     return modules
 
 
-def _shape(block: nn.Module, known_of: Callable[[str], Hashable]) -> Hashable:
+def _shape(block: nn.Module) -> Hashable:
     modules = tuple(
         (
             name,
@@ -145,7 +141,7 @@ def _shape(block: nn.Module, known_of: Callable[[str], Hashable]) -> Hashable:
         for name, module in block.named_modules(remove_duplicate=False)
     )
     parameters = tuple(
-        (name, tuple(parameter.shape), parameter.dtype, known_of(name))
+        (name, tuple(parameter.shape), parameter.dtype)
         for name, parameter in block.named_parameters(remove_duplicate=False)
     )
     buffers = tuple((name, repr(buffer.tolist())) for name, buffer in block.named_buffers())
@@ -160,7 +156,8 @@ def _is_plain(key: str, value: object) -> bool:
 
 def _numbers(block: nn.Module) -> list[int]:
     """Which parts of the scalings' columns the block's sites read, in the order of its modules."""
-    return [module.number for module in block.modules() if isinstance(getattr(module, "number", None), int)]  # type: ignore[misc]
+    numbers = (getattr(module, "number", None) for module in block.modules())
+    return [number for number in numbers if isinstance(number, int)]
 
 
 def _entry(number: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
