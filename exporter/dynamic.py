@@ -78,7 +78,7 @@ class TracedModel(nn.Module):
         self.state.adapters = dict(zip(self.hot, adapters, strict=True))
         if self.columns is not None and scalings is not None:
             self.state.columns = self.columns(scalings)
-        cache = CacheState(past, cache_lengths, input_ids.shape[1], self.cache, self.blocks)
+        cache = CacheState(past, cache_lengths, self.blocks)
         logits = self.model(
             input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True, cache_state=cache
         ).logits
@@ -164,7 +164,7 @@ def cache_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
 
     A config may hold fields of these names that its model does not read.
     """
-    state, ids = CacheState((), None, 2, CacheStyle.NONE), torch.zeros(1, 2, dtype=torch.int64)
+    state, ids = CacheState((), None), torch.zeros(1, 2, dtype=torch.int64)
     with (
         refusing_untraceable(model, "base"),
         implemented(model, ATTENTION_NAME, EXPERTS_NAME),

@@ -10,11 +10,12 @@ import torch
 
 from exporter.encoder import signature_of as encoder_signature_of
 from exporter.gate import Gate
-from exporter.graphs import OPSETS, Exported, GraphPlan, export_graph
+from exporter.graphs import Exported, GraphPlan, export_graph
 from exporter.hot_build import initial_stack, stack_weights
 from exporter.merges.merge import SiteMerge, settled
 from exporter.model_facts import signature_shape
 from exporter.parts import Parts
+from exporter.passes.pipeline import OPSETS
 from exporter.router_choice import settled_router
 from exporter.sites import Site
 from exporter.spec import BuildSpec, CacheChoice, DType, OpChoice, VariantSpec
@@ -31,8 +32,8 @@ from exporter.store import WeightStore
 from exporter.variants import has_row_per_site, static_variants
 from plugins.operators import GATE_SCALINGS, GATED_LOW_RANK
 from runtime.adapter_inputs import STACK_PATH, stack_specs
-from runtime.manifest import Emit, GraphInfo, MergeInfo, MixInfo, Mode
-from runtime.signature import CacheStyle, Signature, signature_from_shape
+from runtime.manifest import Emit, GraphInfo, MergeInfo, MixInfo, Mode, OnnxRuntimeForm
+from runtime.signature import CacheStyle, Signature, in_style, signature_from_shape
 
 
 def export_graphs(
@@ -60,8 +61,9 @@ def export_dynamic(parts: Parts, spec: BuildSpec, dtype: DType, store: WeightSto
         stack = initial_stack(parts.hot, parts.inputs.adapters, dtype.value)
         store.write(Path(STACK_PATH).stem, stack_weights(stack, dtype.value))
     plan = GraphPlan(
-        "dynamic", signature, spec.emit, parts.sites, gate, spec.site_op, router, encoder=parts.inputs.encoder
-    )
+        "dynamic", signature, spec.emit, parts.sites, gate, spec.site_op, router, encoder=parts.inputs.encoder,
+        onnxruntime=onnxruntime_form("dynamic", signature, spec, dtype),
+    )  # fmt: skip
     return Exported(
         graph_info(plan, Mode.DYNAMIC, None, plugins_of(spec, gate)), export_graph(parts.model, plan, store), store
     )
@@ -94,7 +96,10 @@ def export_static(
     if twin:
         changed = rounded_weights(twin, torch_dtype, name)
     with untied(model, sites, [weight for weight in new if new[weight].rows is None]) as partners:
-        plan = GraphPlan(name, signature, spec.emit, changed=changed, partners=partners, encoder=parts.inputs.encoder)
+        plan = GraphPlan(
+            name, signature, spec.emit, changed=changed, partners=partners, encoder=parts.inputs.encoder,
+            onnxruntime=onnxruntime_form(name, signature, spec, dtype),
+        )  # fmt: skip
         info = static_info(graph_info(plan, Mode.STATIC, None), variant.mix, merge)
         return Exported(info, export_graph(model, plan, store), store, in_site_order(sites, measures))
 
@@ -141,4 +146,13 @@ def graph_info(plan: GraphPlan, mode: Mode, mix: dict[str, float] | None, plugin
         mix=mix,
         router=plan.router,
         plugins=plugins,
+        onnxruntime=plan.onnxruntime,
     )
+
+
+def onnxruntime_form(name: str, signature: Signature, spec: BuildSpec, dtype: DType) -> OnnxRuntimeForm | None:
+    """What a graph's form for ONNX Runtime will be: float32 decoders with caches have one, unless nobody wants it."""
+    if not spec.onnxruntime or dtype is not DType.FLOAT32 or not signature.carries:
+        return None
+    style = in_style(signature, CacheStyle.ALIAS)
+    return OnnxRuntimeForm(path=f"{name}.ort.onnx", opset=OPSETS[Emit.MODERN], signature=style)

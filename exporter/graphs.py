@@ -18,17 +18,15 @@ from exporter.gate import Gate
 from exporter.gated import DoraModule, Down, GatedModule, PluginModule
 from exporter.merges.merge import SiteMerge
 from exporter.passes.instantiate_blocks import InstantiateBlocksPass
-from exporter.passes.pipeline import run_passes
+from exporter.passes.pipeline import OPSETS, clean_trace, write_form, write_onnxruntime_form
 from exporter.sites import Site
 from exporter.spec import OpChoice
 from exporter.store import TRANSPOSED, Weight, WeightStore, transposed, weight_from_tensor
 from exporter.trace import trace
 from runtime.adapter_inputs import adapter_inputs
-from runtime.manifest import Emit, EncoderInfo, GraphInfo
+from runtime.manifest import Emit, EncoderInfo, GraphInfo, OnnxRuntimeForm
 from runtime.routers import RouterInfo
-from runtime.signature import SCALINGS, Signature
-
-OPSETS = {Emit.PORTABLE: 18, Emit.MODERN: 24}
+from runtime.signature import SCALINGS, CacheStyle, Signature, in_style
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +47,7 @@ class GraphPlan:
     changed: Mapping[str, Weight] = field(default_factory=dict)
     partners: Mapping[str, str] = field(default_factory=dict)
     encoder: EncoderInfo | None = None  # None: a decoder
+    onnxruntime: OnnxRuntimeForm | None = None  # where the graph has such a form, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,10 @@ class Exported:
 
 
 def export_graph(model: PreTrainedModel, plan: GraphPlan, store: WeightStore) -> ir.Model:
-    """Trace, rewrite, store the weights that are not yet there, save NAME.onnx under the store's root."""
+    """Trace, rewrite, store the weights that are not yet there, save NAME.onnx under the store's root.
+
+    Beside it goes the form for ONNX Runtime, where the plan has one. The graph itself is returned.
+    """
     base_names = {id(parameter): name for name, parameter in model.named_parameters()}
     with refusing_untraceable(model, f"graph {plan.name}"), traced_as(model, plan) as traced:
         weights = named_weights(base_names, traced)
@@ -72,19 +74,29 @@ def export_graph(model: PreTrainedModel, plan: GraphPlan, store: WeightStore) ->
         lie_upright = {name for name, weight in tensors.items() if weight.name in store.stored}
         graph, blocks = traced_blocks(traced, plan, names, lie_upright)
     transposes = {name: f"{name}{TRANSPOSED}" for name in tensors if name not in lie_upright}
-    run_passes(graph, names, transposes, plan.emit, blocks)
-    read = initializers(graph, tensors)
+    clean_trace(graph, names, transposes, blocks)
+    forms = {}
+    if plan.onnxruntime is not None:
+        forms[plan.onnxruntime.path] = write_onnxruntime_form(graph.clone(), plan.onnxruntime.signature)
+    forms[f"{plan.name}.onnx"] = write_form(graph, plan.emit, plan.signature)
+    read = {name: way for form in forms.values() for name, way in initializers(form, tensors).items()}
     base = frozenset(base_names.values())
     store.write("base", [weight for name, weight in read.values() if name in base and name not in plan.changed])
     store.write("adapters", [weight for name, weight in read.values() if name not in base])
     store.write(plan.name, [weight for name, weight in read.values() if name in plan.changed])
-    for initializer, (_, weight) in read.items():
+    for path, form in forms.items():
+        _point_into(store, form, {name: weight for name, (_, weight) in initializers(form, tensors).items()})
+        form.graph.name = plan.name
+        ir.save(form, store.root / path)
+    return graph
+
+
+def _point_into(store: WeightStore, graph: ir.Model, weights: Mapping[str, Weight]) -> None:
+    """Let initializers be stored tensors."""
+    for initializer, weight in weights.items():
         value = graph.graph.initializers[initializer]
         value.const_value = store.external(weight.name)
         value.const_value.name = initializer
-    graph.graph.name = plan.name
-    ir.save(graph, store.root / f"{plan.name}.onnx")
-    return graph
 
 
 def traced_blocks(
@@ -94,16 +106,17 @@ def traced_blocks(
 
     `names`: traced name of a parameter -> ours; `lie_upright`: ours of those that are stored as they are.
     """
-    opset, blocks = OPSETS[plan.emit], None
+    opset, blocks = OPSETS[Emit.PORTABLE], None
+    signature = in_style(plan.signature, CacheStyle.APPEND)  # attention gives new K/V; its lowering says where they go
     if isinstance(traced, TracedModel) and not traced.hot:
         own = {name.removeprefix(f"{MODEL}."): ours for name, ours in names.items()}
         blocks = find_blocks(traced.model, own, lambda name: (name in lie_upright, name in plan.changed))
     if blocks is None or not isinstance(traced, TracedModel):
-        return trace(traced, plan.signature, opset), None
-    copies = InstantiateBlocksPass(blocks.copies(), plan.signature)
+        return trace(traced, signature, opset), None
+    copies = InstantiateBlocksPass(blocks.copies(), signature)
     with only_traced(blocks):
         traced.blocks = blocks.traced
-        return trace(traced, of_blocks(plan.signature, blocks.traced), opset), copies
+        return trace(traced, of_blocks(signature, blocks.traced), opset), copies
 
 
 def traced_as(

@@ -141,6 +141,7 @@ class BuildSpec:
     task: Task | None = None  # None: that of the base's architecture
     pooling: Pooling | None = None  # of embeddings; None: that of a sentence-transformers folder, else the mean
     normalize: bool | None = None  # embeddings to length 1; None: as a sentence-transformers folder says, else not
+    onnxruntime: bool = True  # each float32 decoder graph also in a form for ONNX Runtime's CPU provider
     targets: tuple[Target, ...] = ()  # engines to be built from the bundle: what they cannot take is refused early
 
     @property

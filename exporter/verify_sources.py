@@ -86,6 +86,7 @@ def spec_from_manifest(manifest: Manifest, sources: BuildSpec) -> BuildSpec:
         router=router_of(dynamic) if dynamic else None,
         hot=hot_spec(manifest.hot),
         emit=first.emit,
+        onnxruntime=first.onnxruntime is not None,
         task=manifest.task,
         pooling=manifest.encoder.pooling if manifest.encoder else None,
         normalize=manifest.encoder.normalize if manifest.encoder and manifest.encoder.pooling else None,

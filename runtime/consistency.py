@@ -19,7 +19,7 @@ from runtime.manifest import (
     VariantKind,
 )
 from runtime.safe_files import MAX_FILES, collisions, path_problem
-from runtime.signature import EMBEDDINGS, GATE, LENGTHS, LOGITS, ROUTER, SCALINGS
+from runtime.signature import EMBEDDINGS, GATE, LENGTHS, LOGITS, ROUTER, SCALINGS, CacheStyle, in_style
 
 _GIB = 1 << 30
 MAX_BYTES = {
@@ -97,6 +97,11 @@ def _graph_contradictions(manifest: Manifest, graph: GraphInfo) -> Iterator[str]
     kinds = {artifact.path: artifact.kind for artifact in manifest.artifacts}
     if kinds.get(graph.path) != "graph" or graph.path != f"{graph.name}.onnx":
         yield f"its file {graph.path!a} is not a listed graph called {graph.name}.onnx"
+    form = graph.onnxruntime
+    if form is not None and (kinds.get(form.path) != "graph" or form.path != f"{graph.name}.ort.onnx"):
+        yield f"its form {form.path!a} is not a listed graph called {graph.name}.ort.onnx"
+    if form is not None and form.signature != in_style(graph.signature, CacheStyle.ALIAS):
+        yield "its form for ONNX Runtime has another signature"
     if (graph.mode is Mode.STATIC) != (graph.mix is not None):
         yield "a static graph has a mix, a dynamic one has none"
     if graph.mode is Mode.STATIC and graph.signature.input(SCALINGS):

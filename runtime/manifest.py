@@ -178,6 +178,14 @@ class GateInfo(Strict):
     global_scaling_weight: float  # already inside the sites' weights
 
 
+class OnnxRuntimeForm(Strict):
+    """A graph in operators that only ONNX Runtime's CPU provider has; the same weights, caches written in place."""
+
+    path: RelativePath  # NAME.ort.onnx
+    opset: int
+    signature: Signature
+
+
 class GraphInfo(Strict):
     """One ONNX graph of the bundle."""
 
@@ -192,6 +200,7 @@ class GraphInfo(Strict):
     merge: MergeInfo | None = None  # static only; None: linear
     router: RouterInfo | None = None  # inside the sites of a dynamic graph
     plugins: tuple[str, ...] = ()  # operators of ours in it: plugins of TensorRT, else local functions
+    onnxruntime: OnnxRuntimeForm | None = None  # None: that provider runs the graph itself
 
 
 class MixInfo(Strict):

@@ -16,7 +16,7 @@ from runtime.backends.trt import TrtSession
 from runtime.bundle import Bundle, open_bundle
 from runtime.engines import Target, fitting_engine
 from runtime.errors import InputError
-from runtime.manifest import GraphInfo, Manifest, Mode, Task, VariantInfo
+from runtime.manifest import GraphInfo, Manifest, Mode, OnnxRuntimeForm, Task, VariantInfo
 from runtime.session import Session, SessionSettings
 from runtime.tensorrt import load_tensorrt, this_machine
 from runtime.text import Text
@@ -118,12 +118,14 @@ def load(
     provider: str = "cpu",
     threads: int | None = None,
     max_adapter_bytes: int | None = None,
+    portable: bool = False,
 ) -> Model:
     """Open a bundle for generation. `graph` is a graph's name or mode; without it the dynamic one is taken.
 
     Graphs of other variants are opened when a request first names one; with `variant` its graph is opened now, in
     place of the dynamic one.
     `max_adapter_bytes`: of all adapters in memory, where they are inputs, those of running requests included.
+    `portable`: run the portable graphs even where this backend has a form of its own.
     `backend`: ort, or trt and trt-rtx with an engine that lies beside the bundle and fits this machine.
     """
     if threads is not None and threads < 1:
@@ -145,9 +147,16 @@ def load(
     def open_graph(info: GraphInfo) -> Session:
         if backend in tuple(Target):
             return engine_session(bundle, info, Target(backend), settings)
-        return open_session(backend, bundle.file(info.path), info.signature, settings)
+        form = info if portable else form_for(info, backend, provider)
+        return open_session(backend, bundle.file(form.path), form.signature, settings)
 
     return Model(bundle.manifest, info, open_graph(info), text, open_graph, adapters=pool)
+
+
+def form_for(graph: GraphInfo, backend: str, provider: str) -> GraphInfo | OnnxRuntimeForm:
+    """What of a graph this backend opens: ONNX Runtime's CPU provider has a form of its own in most bundles."""
+    is_own = backend == "ort" and provider == "cpu" and graph.onnxruntime is not None
+    return graph.onnxruntime if is_own and graph.onnxruntime is not None else graph
 
 
 def engine_session(bundle: Bundle, graph: GraphInfo, target: Target, settings: SessionSettings) -> Session:

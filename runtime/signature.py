@@ -6,7 +6,7 @@ Numbers: G scalings per token (the number of sites, or 1), E experts, V vocabula
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from pydantic import ConfigDict
@@ -93,6 +93,17 @@ class SignatureShape:
     dtype: str = "float32"  # of K/V and logits
     cache: CacheStyle = CacheStyle.APPEND
     router: bool = False  # a router inside the sites
+
+
+def in_style(signature: Signature, style: CacheStyle) -> Signature:
+    """The same with its caches, where it has any, carried in this style (append or alias)."""
+    new = "S" if style is CacheStyle.APPEND else "C"
+    carried = {carry.output for carry in signature.carries}
+    outputs = tuple(
+        replace(spec, shape=(*spec.shape[:2], new, spec.shape[3])) if spec.name in carried else spec
+        for spec in signature.outputs
+    )
+    return Signature(signature.inputs, outputs, tuple(replace(carry, style=style) for carry in signature.carries))
 
 
 def past_names(block: int) -> tuple[str, str]:

@@ -70,6 +70,11 @@ def add_options(commands: Commands) -> None:
     add("--overwrite", action="store_true", help="replace the bundle that is there")
     add("--emit", type=one_of(Emit), choices=list(Emit), default=Emit.PORTABLE, help="opset 18 or opset 24 operators")
     add("--dtype", type=one_of(DType), choices=list(DType), default=DType.FLOAT32, help="of weights and K/V")
+    add(
+        "--no-onnxruntime-form",
+        action="store_true",
+        help="leave out the graphs in ONNX Runtime's own operators, which its CPU provider runs faster",
+    )
     add("--cache", type=one_of(CacheChoice), choices=list(CacheChoice), default=CacheChoice.KV)
     add(
         "--topk-softmax",
@@ -211,6 +216,7 @@ def _build_spec(args: argparse.Namespace) -> BuildSpec:
         emit=args.emit,
         dtype=args.dtype,
         cache=args.cache,
+        onnxruntime=not args.no_onnxruntime_form,
         gate_op=args.gate_op,
         site_op=args.site_op,
         topk_softmax=args.topk_softmax,

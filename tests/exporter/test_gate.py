@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from exporter.adapters import GateConfig
 from exporter.gate import Gate, apply_topk_rules, gate_info, scaling_pass_row
-from exporter.passes.pipeline import run_passes
+from exporter.passes.pipeline import clean_trace, write_form
 from exporter.reference import _layer_rules
 from runtime.manifest import Emit, TopkSoftmax
+from runtime.signature import Signature
 from tests.gate_rows import HUGE, ROWS, Rows, logits
 
 
@@ -139,7 +140,7 @@ def test_exported_gate_is_torch(name: str, tmp_path: Path) -> None:
         output_names=["gate"], dynamic_shapes=(dims,), verbose=False,
     )  # fmt: skip
     assert program is not None
-    run_passes(program.model, {}, {}, Emit.PORTABLE)
+    write_form(clean_trace(program.model, {}, {}), Emit.PORTABLE, Signature((), (), ()))
     operators = {node.op_type for node in program.model.graph}
     assert not operators & {"ScatterElements", "NonZero", "ScatterND"}, "TensorRT for RTX refuses these"
     constants = [value.const_value for value in program.model.graph.initializers.values()]

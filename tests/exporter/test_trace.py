@@ -124,15 +124,15 @@ def test_models_without_positions_or_heads_are_refused_by_name(field: str) -> No
 
 
 def test_a_window_that_lives_in_the_mask_only_is_refused() -> None:
-    state = CacheState([], None, 3, CacheStyle.NONE)
+    state = CacheState([], None)
     config = SimpleNamespace(model_type="qwen2_moe", sliding_window=4096, layer_types=None)
-    state.allowed(None)
+    state.windows.add(None)
     with pytest.raises(ExportError, match=r"the sliding window of qwen2_moe .* would be lost; got sliding_window 4096"):
         require_window(config, state)
     config.layer_types = ["full_attention"]
     require_window(config, state)
     config.layer_types = ["full_attention", "sliding_attention"]
-    state.allowed(4096)
+    state.windows.add(4096)
     require_window(config, state)
 
 
