@@ -40,7 +40,7 @@ ArtifactKind = Literal["graph", "weights", "tokenizer", "golden"]
 class Strict(BaseModel):
     """Unknown keys, coerced types, NaN and infinities are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, defer_build=True)
 
 
 class Mode(StrEnum):

@@ -60,6 +60,18 @@ g (int64[S] ids, float[B, C, 8] past) => (float[S, 50] logits, float[S, 8] prese
     logits = MatMul(z, wide)
 }
 """
+BRANCHED = """
+<ir_version: 8, opset_import: ["": 18]>
+agraph (float[n, 8] x, bool is_used) => (float[n, 8] logits, float[n, 8] present)
+{
+    y = If (is_used) <
+        then_branch = used () => (float[n, 8] some) { some = MatMul(x, a) },
+        else_branch = unused () => (float[n, 8] none) { none = Identity(x) }
+    >
+    present = MatMul(y, key)
+    logits = MatMul(present, head)
+}
+"""
 WEIGHTS = {"embedding": (50, 8), "key": (8, 8), "up": (8, 16), "down": (16, 8), "head": (8, 50)}
 
 
@@ -76,6 +88,23 @@ def graph(tmp_path: Path) -> Path:
 
 def test_bytes_are_counted_in_the_graph(graph: Path) -> None:
     assert graph_weights(graph) == GraphWeights(always=64 * 4, for_logits=(128 + 128) * 4 + 400 * 2)
+
+
+def test_weights_behind_an_if_are_not_of_the_scaling_pass(tmp_path: Path) -> None:
+    """Both passes read key, only the main one a; what an outer node reads besides counts in both."""
+    model = parser.parse_model(BRANCHED)
+    for name in ("key", "a", "head"):
+        model.graph.initializer.append(numpy_helper.from_array(np.ones((8, 8), np.float32), name))
+    onnx.save(model, tmp_path / "model.onnx")
+    assert graph_weights(tmp_path / "model.onnx") == GraphWeights(always=512, for_logits=256, for_scalings=256)
+    folder = tmp_path / "models"
+    (folder / "checkpoint" / "base").mkdir(parents=True)
+    config = {"num_hidden_layers": 3, "num_key_value_heads": 2, "head_dim": 4}
+    (folder / "checkpoint" / "base" / "config.json").write_text(json.dumps(config))
+    (folder / "bundle").symlink_to(tmp_path)
+    models = Models(folder, 4, Environments(tmp_path))
+    twice = Subject("twice", "fake", Computes.XLORA, "bundle", graph="model.onnx", passes=2)
+    assert reads_of(twice, models).weights == 2 * 256 + 256 + 256
 
 
 def test_each_pass_reads_the_graph_and_the_last_one_the_head(graph: Path, tmp_path: Path) -> None:
@@ -180,16 +209,21 @@ def test_ratios_of_the_aims_are_of_medians() -> None:
     times = {
         ("PEFT X-LoRA", 256): 900.0, ("X-LoRA exact", 256): 20.0, ("X-LoRA exact", 64): 18.0, ("plain base", 64): 10.0,
         ("ORT GenAI base fp32", 64): 8.0, ("X-LoRA exact", 2048): 26.0, ("X-LoRA exact", 128): 20.0,
-        ("mistral.rs X-LoRA", 1): 32.0, ("X-LoRA exact", 1): 16.0,
+        ("mistral.rs X-LoRA", 1): 32.0, ("X-LoRA exact", 1): 16.0, ("X-LoRA paired, experts x0", 64): 12.0,
+        ("X-LoRA paired", 64): 14.0, ("X-LoRA frozen", 64): 11.0,
     }  # fmt: skip
     for (name, context), time in times.items():
         results.step[name, plan.sweep(Sweep.CONTEXT)[context]] = [time]
     results.step["X-LoRA exact", plan.sweep(Sweep.BATCH)[8]] = [36.0]
+    results.drafts["X-LoRA paired", plan.sweep(Sweep.CONTEXT)[64]] = [(7, 10), (9, 10)]
     rows = ratio_rows(Found(plan, SUBJECTS, results, {}))
     assert {row["ratio"]: row["measured"] for row in rows} == {
         "PEFT / exact at 256": "45.00",
         "mistral.rs X-LoRA / exact at 1": "2.00",
         "exact / plain base at 64": "1.80",
+        "frozen / plain base at 64": "1.10",
+        "a paired step of two rows / plain base at 64": "1.20",
+        "X-LoRA paired / plain base at 64, 80 % of drafts confirmed": "1.40",
         "plain base / GenAI fp32 at 64": "1.25",
         "exact at 2,048 / at 128": "1.30",
         "tokens/s of 8 rows, exact / 1 row, exact": "4.00",
@@ -220,7 +254,7 @@ def test_every_subject_has_a_worker_a_form_and_an_environment() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--only", "nobody"], r"--only; got 'nobody'; need some of: X-LoRA exact, plain base"),
+        (["--only", "nobody"], r"--only; got 'nobody'; need some of: X-LoRA exact, X-LoRA paired"),
         (
             ["--rounds", "0", "--contexts", "64", "0"],
             r"(?s)2 problems.*--contexts; got \[64, 0\].*--rounds; got 0",

@@ -60,7 +60,8 @@ def tokens(worker: Running) -> list[list[int]]:
 def test_a_run_of_ours_and_peft(models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From options to the page; everybody gives the same tokens."""
     cases = ["--contexts", "2", "8", "--batches", "2", "--experts", str(EXPERTS), "--new-tokens", "6", "--rounds", "1"]
-    names = ["X-LoRA exact", "plain base", "base in the dynamic graph", "PEFT X-LoRA", "ORT GenAI base fp32"]
+    names = ["X-LoRA exact", "X-LoRA paired", "X-LoRA paired, experts x0", "plain base", "base in the dynamic graph"]
+    names += ["PEFT X-LoRA", "ORT GenAI base fp32"]
     code = main([
         *cases, "--only", *names, "--threads", "1", "--no-install", "--environments", str(tmp_path / "none"),
         "--models", str(models.folder.parent), "--sizes", *SIZES, "--out", str(tmp_path / "out"),
@@ -70,10 +71,14 @@ def test_a_run_of_ours_and_peft(models: Models, tmp_path: Path, capsys: pytest.C
     assert found["failures"] == []
     [missing] = found["left_out"]
     assert (missing["subject"], "--no-install" in missing["message"]) == ("ORT GenAI base fp32", True)
-    assert all(agreement["is_same"] for agreement in found["agreement"])
+    assert all(each["is_same"] for each in found["agreement"] if each["subject"] != "X-LoRA paired, experts x0")
     held = {(agreement["subject"], agreement["reference"]) for agreement in found["agreement"]}
-    assert held == {("PEFT X-LoRA", "X-LoRA exact"), ("base in the dynamic graph", "plain base")}
-    assert len(found["series"]) == 4 * 4  # contexts 2 and 8, the batch, the experts' one
+    exact = {(name, "X-LoRA exact") for name in ("PEFT X-LoRA", "X-LoRA paired", "X-LoRA paired, experts x0")}
+    assert held == exact | {("base in the dynamic graph", "plain base")}
+    assert len(found["series"]) == 6 * 4  # contexts 2 and 8, the batch, the experts' one
+    accepted = {series["accepted"] for series in found["series"] if series["subject"] == "X-LoRA paired, experts x0"}
+    assert accepted == {1.0}, "the base drafts what the base without experts says"
+    assert {series["accepted"] for series in found["series"] if series["subject"] == "X-LoRA exact"} == {None}
     assert min(min(series["step_ms"]) for series in found["series"]) > 0
     assert set(found["setting"]["builds"][str(EXPERTS)]["peak_bytes"]) == {"anonymous", "mapped"}
     text = (tmp_path / "out" / "performance.md").read_text()
@@ -103,7 +108,11 @@ def test_a_graph_reads_what_the_checkpoint_says(models: Models) -> None:
     """The static graph once the base; the dynamic one, in each pass, base, experts and gate, but the head once."""
     checkpoint, bundle = models.path("checkpoint"), models.path("bundle")
     base = checkpoint_weights(checkpoint, Cost.BASE)
-    static, dynamic = (graph_weights(bundle / f"{name}.onnx") for name in ("static", "dynamic"))
+    static, dynamic, form = (graph_weights(bundle / f"{n}.onnx") for n in ("static", "dynamic", "dynamic.ort"))
+    assert (form.always, form.for_logits) == pytest.approx((dynamic.always, dynamic.for_logits), rel=0.01)
+    assert 0 < form.for_scalings < form.always
+    assert dynamic.for_scalings == 0
+    assert form.for_scalings == pytest.approx(lora_bytes(checkpoint, "lora_A"), rel=0.02)
     assert static.always + static.for_logits == pytest.approx(base, rel=0.02)
     with safe_open(checkpoint / "xlora" / "adapter_model.safetensors", framework="numpy") as tensors:
         gate = sum(tensors.get_tensor(name).nbytes for name in tensors.keys())  # noqa: SIM118 - it is no dict
@@ -112,6 +121,15 @@ def test_a_graph_reads_what_the_checkpoint_says(models: Models) -> None:
     assert 2 * (dynamic.always + dynamic.for_logits) == pytest.approx(twice, rel=0.02)
     cached = checkpoint_weights(checkpoint, Cost.CACHED_XLORA)
     assert 2 * base - dynamic.for_logits < cached < twice - dynamic.for_logits
+
+
+def lora_bytes(checkpoint: Path, part: str) -> int:
+    """Of all experts' A or B."""
+    total = 0
+    for file in (checkpoint / "experts").rglob("*.safetensors"):
+        with safe_open(file, framework="numpy") as tensors:
+            total += sum(tensors.get_tensor(name).nbytes for name in tensors.keys() if part in name)  # noqa: SIM118
+    return total
 
 
 @pytest.mark.long

@@ -100,7 +100,7 @@ def as_json(found: Found, machine: Machine, setting: dict[str, Any]) -> dict[str
     series = [
         {
             "subject": name, **asdict(case), "step_ms": samples, "first_ms": results.first[name, case],
-            "step": asdict(summary(samples)),
+            "step": asdict(summary(samples)), "accepted": results.accepted(name, case),
         }
         for (name, case), samples in results.step.items()
     ]  # fmt: skip

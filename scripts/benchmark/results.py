@@ -92,12 +92,19 @@ class Results:
     versions: dict[str, dict[str, str]] = field(default_factory=dict)  # subject -> package -> version
     loaded: dict[tuple[str, int], list[Memory]] = field(default_factory=dict)  # by experts; after loading
     used: dict[tuple[str, int], list[Memory]] = field(default_factory=dict)  # after the round's cases
+    drafts: dict[tuple[str, Case], list[tuple[int, int]]] = field(default_factory=dict)  # that came true, all
     bandwidth: list[float] = field(default_factory=list)  # bytes a second
 
     def add(self, subject: Subject, case: Case, seconds: Sequence[float]) -> None:
         """One sample."""
         self.first.setdefault((subject.name, case), []).append(first_milliseconds(seconds))
         self.step.setdefault((subject.name, case), []).append(step_milliseconds(seconds))
+
+    def accepted(self, subject: str, case: Case) -> float | None:
+        """The share of drafts that came true, where any were made."""
+        counts = self.drafts.get((subject, case), [])
+        made = sum(drafts for _, drafts in counts)
+        return sum(right for right, _ in counts) / made if made else None
 
     def step_summary(self, subject: str, case: Case) -> Summary | None:
         """ms of a decode step, where it ran."""

@@ -153,6 +153,8 @@ class Round:
                     self._start(subject)
                 continue
             self._results.add(subject, case, answer["seconds"])
+            if "drafts" in answer:
+                self._results.drafts.setdefault(key, []).append(tuple(answer["drafts"]))
             tokens[subject.name] = answer["tokens"]
         self._compare(case, tokens)
 

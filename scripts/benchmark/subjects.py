@@ -46,6 +46,7 @@ class Subject:
     cost: Cost = Cost.BASE  # where it has no graph
     cache_bytes: int = 4  # of one number in the K/V caches; 0: it keeps none
     most_tokens: int = 10**6  # new tokens of one sample: some need seconds for each
+    is_swept: bool = True  # over models with other numbers of experts, too
 
     @property
     def has_experts(self) -> bool:
@@ -60,15 +61,27 @@ class Subject:
 
 # Another decode mode, or a quantised bundle, of ours is one more entry like these: `generate` are keyword arguments
 # of runtime's GenerateOptions, `graph` is a graph of the bundle.
+def xlora(name: str, decode: str, computes: Computes, passes: int = 1, **settings: Any) -> Subject:
+    """A way of ours to decode X-LoRA."""
+    return Subject(
+        name, "run_ours", computes, "bundle", {"graph": "dynamic", "generate": {"decode": decode}, **settings},
+        graph="dynamic.ort.onnx", passes=passes, is_swept=not settings,
+    )  # fmt: skip
+
+
 OURS = (
-    Subject(
-        "X-LoRA exact", "run_ours", Computes.XLORA, "bundle",
-        {"graph": "dynamic", "generate": {"decode": "exact"}}, graph="dynamic.onnx", passes=2,
+    xlora("X-LoRA exact", "exact", Computes.XLORA, passes=2),
+    xlora("X-LoRA paired", "paired", Computes.XLORA),
+    # Random experts confirm no drafts. Scaled ones do: all at 0, which leaves the cost of a step of two rows.
+    *(
+        xlora(f"X-LoRA paired, experts x{scale:g}", "paired", Computes.NEAR_XLORA, expert_scale=scale)
+        for scale in (0.0, 0.02, 0.1)
     ),
-    Subject("plain base", "run_ours", Computes.BASE, "bundle", {"graph": "static"}, graph="static.onnx"),
+    xlora("X-LoRA frozen", "frozen", Computes.NEAR_XLORA),
+    Subject("plain base", "run_ours", Computes.BASE, "bundle", {"graph": "static"}, graph="static.ort.onnx"),
     Subject(
         "base in the dynamic graph", "run_ours", Computes.BASE, "bundle",
-        {"graph": "dynamic", "generate": {"mix": {}}}, graph="dynamic.onnx",
+        {"graph": "dynamic", "generate": {"mix": {}}}, graph="dynamic.ort.onnx",
     ),
 )  # fmt: skip
 PEERS = (
@@ -158,7 +171,7 @@ class Plan:
         """Who runs it: the base has no experts, so it needs no other model than the usual one."""
         if case.experts == self.usual_experts:
             return list(subjects)
-        return [subject for subject in subjects if subject.has_experts]
+        return [subject for subject in subjects if subject.has_experts and subject.is_swept]
 
 
 # 1: the only prompt that current mistral.rs X-LoRA takes. 128 and 2048: how time grows with the cache.

@@ -2,7 +2,8 @@
 
 {"do": "load", ..}                     -> {"versions": {package: version}}
 {"do": "generate", "prompts": [[id]],
- "new_tokens": n}                      -> {"tokens": [[id]], "seconds": [n times since the start]}
+ "new_tokens": n}                      -> {"tokens": [[id]], "seconds": [n times since the start]} and, of those that
+                                          draft, "drafts": [that came true, all]
 {"do": "margins", "prompt": [id],
  "tokens": [id]}                       -> {"margins": [best logit - second best, at each of the tokens]}
 Whatever goes wrong                    -> {"error": message}
@@ -76,7 +77,8 @@ def answer(loaded: Loaded, request: dict[str, Any]) -> dict[str, Any]:
     counts = {len(row) for row in tokens} | set(clock.counts())
     if counts != {wanted}:
         raise RuntimeError(f"gave {' or '.join(map(str, sorted(counts)))} tokens, not {wanted}")
-    return {"tokens": tokens, "seconds": clock.seconds()}
+    extra = loaded.counted() if hasattr(loaded, "counted") else {}
+    return {"tokens": tokens, "seconds": clock.seconds(), **extra}
 
 
 def say(replies: TextIO, reply: dict[str, Any]) -> None:
