@@ -15,7 +15,7 @@ from runtime.encode_golden import read_encoded, replay_encoded
 from runtime.encoder_session import EncoderSession
 from runtime.errors import MachineError
 from runtime.golden import GOLDEN_PATH, GoldenCase, read_golden, replay_golden
-from runtime.manifest import Check, EncoderInfo, GraphInfo
+from runtime.manifest import Check, EncoderInfo, GraphInfo, OnnxRuntimeForm
 from runtime.session import SessionSettings
 
 
@@ -103,10 +103,30 @@ def replay_encoder(bundle: Bundle, encoder: EncoderInfo, threads: int | None) ->
 def replay_graph(
     bundle: Bundle, graph: GraphInfo, cases: Sequence[GoldenCase], threads: int | None
 ) -> tuple[Check, ...]:
-    """One graph's cases in a fresh session."""
+    """One graph's cases, in a fresh session of each of its forms; of each check the worse."""
+    found = [replay_form(bundle, graph, form, cases, threads) for form in (graph, graph.onnxruntime) if form]
+    return tuple(max(checks, key=lambda check: check.value - check.limit) for checks in zip(*found, strict=True))
+
+
+def replay_form(
+    bundle: Bundle,
+    graph: GraphInfo,
+    form: GraphInfo | OnnxRuntimeForm,
+    cases: Sequence[GoldenCase],
+    threads: int | None,
+) -> tuple[Check, ...]:
+    """The graph's cases in one of its forms; places name the form."""
     settings = SessionSettings(bundle.manifest.base.max_positions, threads=threads)
-    session = open_session("ort", bundle.file(graph.path), graph.signature, settings)
+    session = open_session("ort", bundle.file(form.path), form.signature, settings)
     try:
-        return replay_golden(session, cases, bundle.manifest.base.dtype, stored_stack(bundle, graph))
+        checks = replay_golden(session, cases, bundle.manifest.base.dtype, stored_stack(bundle, graph))
     finally:
         session.close()
+    return (
+        checks
+        if form is graph
+        else tuple(
+            check.model_copy(update={"where": f"{check.where}, in {form.path}" if check.where else ""})
+            for check in checks
+        )
+    )

@@ -150,7 +150,8 @@ def _graph(graph: GraphInfo) -> str:
     cache = graph.signature.cache_style
     ours = f", operators {' and '.join(graph.plugins)}" if graph.plugins else ""
     router = "" if graph.router is None else f", {_router(graph.router)}"
-    return f"{graph.name}: {graph.mode}{mix}, {graph.emit}, opset {graph.opset}, K/V cache {cache}{router}{ours}"
+    form = "" if graph.onnxruntime is None else f", also for ONNX Runtime as {graph.onnxruntime.path}"
+    return f"{graph.name}: {graph.mode}{mix}, {graph.emit}, opset {graph.opset}, K/V cache {cache}{router}{ours}{form}"
 
 
 def _router(router: RouterInfo) -> str:

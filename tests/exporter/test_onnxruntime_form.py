@@ -15,15 +15,19 @@ from exporter.parts import make_verification
 from exporter.passes.skip_experts import read_group
 from exporter.spec import BuildSpec
 from exporter.store import TRANSPOSED
+from exporter.verify_bundle import replay_graph
 from runtime import GenerateOptions, complete, load
 from runtime.backends import open_session
+from runtime.bundle import open_bundle
 from runtime.errors import NumericError
+from runtime.golden import GOLDEN_PATH, read_golden
 from runtime.manifest import GraphInfo, OnnxRuntimeForm, VerifyLevel
 from runtime.model import form_for
 from runtime.rows import Rows
 from runtime.session import Session, SessionSettings
 from runtime.signature import CacheStyle
 from tests.exporter.mutations import copy_of, edit_weight
+from tests.exporter.reseal import reseal
 from tests.exporter.tiny_builds import Built, prompt, shown
 
 Builds = Callable[[str], Built]
@@ -95,7 +99,7 @@ def test_experts_are_read_only_where_a_row_has_scalings(family_build: Builds, tm
     folder = copy_of(bundle.root, tmp_path)
     model = ir.load(bundle.file(graph.onnxruntime.path))
     inside = [node for node in model.graph.all_nodes() if node.graph is not model.graph and node.op_type == "MatMul"]
-    assert len(inside) == 4 * bundle.manifest.base.blocks, "q, k and v; o; gate and up; down"
+    assert len(inside) == 4 * bundle.manifest.base.blocks + 1, "q, k and v; o; gate and up; down; and the head"
     assert not [node for node in model.graph if read_group(node) is not None]
     for node in inside:
         a = node.inputs[1]
@@ -113,11 +117,7 @@ def test_verification_measures_the_form_too(family_build: Builds, tmp_path: Path
     [graph] = built.bundle.manifest.graphs
     assert graph.onnxruntime is not None
     folder = copy_of(built.bundle.root, tmp_path)
-    path = folder / graph.onnxruntime.path
-    model = ir.load(path)
-    [norm] = [node for node in model.graph if node.op_type == "SimplifiedLayerNormalization"]
-    norm.attributes.add(ir.AttrFloat32("epsilon", 0.1))
-    ir.save(model, path)
+    break_norm(folder / graph.onnxruntime.path)
     spec = BuildSpec(verify=VerifyLevel.QUICK, threads=1)
     with pytest.raises(VerifyError, match=r"logits .*, in ONNX Runtime's form\)"):
         make_verification(built.checkpoint.parts(), spec, None).run(folder, graph)
@@ -142,6 +142,29 @@ def test_the_cpu_runs_the_form_and_nobody_else(family_build: Builds) -> None:
         assert model.session.signature.cache_style is CacheStyle.APPEND
         expected = complete(model, [prompt(5), prompt(9, 1)], GenerateOptions(max_new_tokens=12))
     assert [done.token_ids for done in found] == [done.token_ids for done in expected]
+
+
+def test_the_golden_set_is_replayed_in_the_form_too(family_build: Builds, tmp_path: Path) -> None:
+    built = family_build("llama")
+    [graph] = built.bundle.manifest.graphs
+    assert graph.onnxruntime is not None
+    golden = read_golden(built.bundle.read(GOLDEN_PATH), "")
+    assert all(check.passed for check in replay_graph(built.bundle, graph, golden.cases, 1))
+    folder = copy_of(built.bundle.root, tmp_path)
+    break_norm(folder / graph.onnxruntime.path)
+    reseal(folder)
+    broken = open_bundle(folder)
+    worst_ones = {check.name: check for check in replay_graph(broken, graph, golden.cases, 1)}
+    assert not worst_ones["golden_tokens"].passed or not worst_ones["golden_logits"].passed
+    assert "in dynamic.ort.onnx" in worst_ones["golden_logits"].where + worst_ones["golden_tokens"].where
+
+
+def break_norm(path: Path) -> None:
+    """The first norm with an epsilon far off."""
+    model = ir.load(path)
+    norm = next(node for node in model.graph if node.op_type == "SkipSimplifiedLayerNormalization")
+    norm.attributes.add(ir.AttrFloat32("epsilon", 0.1))
+    ir.save(model, path)
 
 
 def test_a_build_may_leave_it_out(family_build: Builds, tmp_path: Path) -> None:
