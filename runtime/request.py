@@ -100,6 +100,11 @@ class Request:
         return (self.events[-1].token_id,) if self.events else self.prompt
 
     @property
+    def most_fed(self) -> int:
+        """How many tokens the network may see of it at most: the last new one is never fed back."""
+        return len(self.prompt) + self._limits.max_new_tokens - 1
+
+    @property
     def is_sampled(self) -> bool:
         """Whether its tokens are drawn at random."""
         return self._sampler.sampling.temperature > 0
@@ -110,9 +115,13 @@ class Request:
         return not self.is_done and 0 < len(self.events) < self._limits.max_new_tokens - 1
 
     def draft(self, logits: NDArray[np.float32]) -> int:
-        """Guess the next token from the scaling pass's logits [V]; `accept` then takes it or leaves it."""
-        self._draft = self._sampler.draft(logits)
-        self._drafts += 1
+        """Guess the next token from the scaling pass's logits [V]; `accept` then takes it or leaves it.
+
+        Asked again before that, after a step that failed for another row, it draws no second time from its stream.
+        """
+        if self._draft is None:
+            self._draft = self._sampler.draft(logits)
+            self._drafts += 1
         return self._draft.token_id
 
     def accept(self, logits: NDArray[np.float32], seconds: float) -> TokenEvent:
