@@ -23,12 +23,11 @@ from runtime.passes import Ids, Passes
 from runtime.request import Completion, Limits, Request, TokenEvent
 from runtime.routing import Columns, Mix, Route, route_for
 from runtime.sampling import Sampler, Sampling
-from runtime.scheduler import Scheduler, SchedulerOptions
+from runtime.scheduler import Scheduler, SchedulerOptions, run_to_end
 from runtime.session import SlotSession, StepLimits
 from runtime.signature import CacheStyle
 from runtime.stacks import Stack
 from runtime.text import TextStream
-from runtime.tickets import Ticket
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -248,27 +247,15 @@ def _batches(ways: Sequence[Way], options: GenerateOptions, decode: Decode) -> l
 
 def _run_continuously(model: Model, batch: _Batch, options: GenerateOptions) -> Iterator[TokenEvent]:
     """All prompts of a graph through a scheduler; those that can never run are refused before the first event."""
-    rules = SchedulerOptions(options.batch_size, options.kv_budget, decode=batch.decode)
-    scheduler, problems, tickets = Scheduler(model.turn, rules), [], []
+    scheduler = Scheduler(model.turn, SchedulerOptions(options.batch_size, options.kv_budget, decode=batch.decode))
+    problems: list[InputError] = []
     for number, request, way in zip(batch.numbers, batch.requests, batch.ways, strict=True):
-        try:
-            tickets.append(scheduler.submit(request, way.route.routing, batch.session, batch.adapters))
-        except InputError as error:
-            problems.append(_in_prompt(number, error))
+        found: list[InputError] = []
+        with gathering(found):
+            scheduler.submit(request, way.route.routing, batch.session, batch.adapters)
+        problems += [_in_prompt(number, problem) for problem in found]
     raise_all("prompts", problems)
-    return _stepped(scheduler, tickets)
-
-
-def _stepped(scheduler: Scheduler, tickets: Sequence[Ticket]) -> Iterator[TokenEvent]:
-    """Steps to the end; the first prompt that fails ends them."""
-    try:
-        while not scheduler.is_idle:
-            yield from scheduler.step()
-            for ticket in tickets:
-                if ticket.error is not None:
-                    raise ticket.error
-    finally:
-        scheduler.close()
+    return run_to_end(scheduler)
 
 
 def _run(model: Model, batch: _Batch, *, measures: bool) -> Iterator[TokenEvent]:

@@ -6,24 +6,21 @@ One thread: `submit` and `cancel` between steps. `runtime.serving` is for many t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
-import numpy as np
-
 from runtime.decode import Decode, DecodeMode
-from runtime.errors import InputError, MachineError, NumericError, raise_all
+from runtime.errors import InputError, MachineError, NumericError, UserError, raise_all
 from runtime.ladder import is_gated, stack_for
 from runtime.model import Turn
 from runtime.pace import Pace
-from runtime.paired import PairedPasses
-from runtime.passes import CHUNK, ExactPasses, Passes, Routing
+from runtime.passes import CHUNK, Floats, Routing
 from runtime.request import Request, TokenEvent
+from runtime.row_steps import RowSteps
 from runtime.session import SlotSession
 from runtime.signature import GATE, CacheStyle
-from runtime.slot_pool import Claim, SlotPool, needed_entries, require_room
-from runtime.slot_view import SlotView
+from runtime.slot_pool import Claim, SlotPool, require_room
 from runtime.stacks import Stack
 from runtime.tickets import Ticket, chunks
 
@@ -45,9 +42,29 @@ class SchedulerOptions:
             if count is not None and count < 1
         ]
         if self.decode.mode is DecodeMode.FROZEN:
-            problems.append(InputError("scalings cannot be frozen where requests come and go", got="decode frozen",
-                                       need="exact, paired or auto", code="E_DECODE"))  # fmt: skip
+            problems.append(
+                InputError(
+                    "scalings cannot be frozen where requests come and go",
+                    got="decode frozen",
+                    need="exact, paired or auto",
+                    code="E_DECODE",
+                )
+            )
         raise_all("scheduler", problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A session that this scheduler may use, for requests of its graph and of these adapters."""
+
+    session: SlotSession
+    adapters: Stack | None
+    pool: SlotPool[Ticket]
+    steps: RowSteps
+
+    def is_for(self, ticket: Ticket) -> bool:
+        """Whether the ticket's steps may be shared with others of this lease."""
+        return self.session is ticket.session and self.adapters is ticket.adapters
 
 
 class Scheduler:
@@ -58,14 +75,12 @@ class Scheduler:
     """
 
     def __init__(self, turn: Turn, options: SchedulerOptions | None = None) -> None:
+        self.failed: list[Ticket] = []  # whoever drives the scheduler takes them out
         self._turn, self._options = turn, options or SchedulerOptions()
         self._waiting: deque[Ticket] = deque()
         self._running: list[Ticket] = []
-        self._prefilling: deque[Ticket] = deque()  # whose turn is next comes first
-        self._pool: SlotPool[Ticket] | None = None
-        self._opened: tuple[SlotSession, Stack | None] | None = None  # what the pool is for
-        self._pace: Pace | None = None
-        self._decoder: tuple[object, Passes] | None = None  # of which rows at which slots, and what decodes them
+        self._prefilling: deque[Ticket] = deque()  # of the running; whose turn is next comes first
+        self._lease: Lease | None = None
         self._events: list[TokenEvent] = []  # of a step that was not finished
 
     @property
@@ -81,17 +96,17 @@ class Scheduler:
     @property
     def kv_bytes(self) -> int:
         """What the K/V memory takes now."""
-        return 0 if self._pool is None else self._pool.nbytes
+        return 0 if self._lease is None else self._lease.pool.nbytes
 
     def submit(self, request: Request, routing: Routing, session: SlotSession, adapters: Stack | None = None) -> Ticket:
         """Queue a request; one that could never run is refused."""
-        if session.signature.cache_style is CacheStyle.NONE:
-            raise InputError("requests cannot come and go in a graph without K/V cache", fix="build with --cache kv")
-        claim = Claim(request.most_fed, is_gated(session, [routing]))
-        require_room(session, claim, self._options.kv_budget)
-        ticket = Ticket(request, routing, session, stack_for(session, adapters), claim)
-        self._waiting.append(ticket)
+        ticket = open_ticket(request, routing, session, adapters, self._options.kv_budget)
+        self.enqueue(ticket)
         return ticket
+
+    def enqueue(self, ticket: Ticket) -> None:
+        """Queue a request that `open_ticket` found fit to run."""
+        self._waiting.append(ticket)
 
     def cancel(self, ticket: Ticket) -> None:
         """End a request; its slots are free for the next step. One that has ended stays as it is."""
@@ -100,7 +115,7 @@ class Scheduler:
         ticket.is_cancelled = True
         if ticket in self._waiting:
             self._waiting.remove(ticket)
-        else:
+        elif ticket in self._running:
             self._leave(ticket)
 
     def step(self) -> list[TokenEvent]:
@@ -111,53 +126,58 @@ class Scheduler:
         """
         self._require_turn()
         self._admit()
-        self._events += self._prefill()
-        self._events += self._decode()
+        if self._lease is not None and self._running:
+            self._lease.pool.arrange()
+            self._events += self._prefill(self._lease.steps)
+            self._events += self._decode(self._lease.steps)
+            self._end_lease_of_adapters()
         events, self._events = self._events, []
         return events
+
+    def end_running(self, error: UserError) -> None:
+        """End all running requests with an error; those that wait go on waiting."""
+        for ticket in list(self._running):
+            self._fail(ticket, error)
 
     def close(self) -> None:
         """Cancel everything and free the K/V memory."""
         for ticket in [*self._waiting, *self._running]:
             self.cancel(ticket)
-        self._free()
+        self._end_lease()
 
     # --- who runs
 
     def _admit(self) -> None:
+        """Take in from the head of the queue until one has to wait."""
         while self._waiting:
             ticket = self._waiting[0]
-            if not self._running:
-                self._open(ticket)
-            elif self._opened != (ticket.session, ticket.adapters):
-                break
-            assert self._pool is not None
+            lease = self._lease_for(ticket)
             try:
-                if not self._has_row(ticket) or not self._pool.take(ticket, ticket.claim):
-                    break
+                if lease is None or not self._has_row(ticket) or not lease.pool.take(ticket, ticket.claim):
+                    return
             except (MachineError, MemoryError) as error:
                 self._waiting.popleft()
-                ticket.error = error if isinstance(error, MachineError) else MachineError(
-                    "not enough memory for the K/V of a request", fix="a smaller K/V budget or fewer rows"
-                )  # fmt: skip
+                self._fail(ticket, error if isinstance(error, MachineError) else _no_memory())
                 continue
             self._running.append(self._waiting.popleft())
             self._prefilling.append(ticket)
             ticket.began = perf_counter()
-        if self._running:
-            assert self._pool is not None
-            self._pool.arrange()
 
-    def _open(self, ticket: Ticket) -> None:
-        """Make the session the ticket's, unless it is that already."""
-        session, wanted = ticket.session, (ticket.session, ticket.adapters)
-        if self._opened == wanted and self._turn.holder is self:
-            return
+    def _lease_for(self, ticket: Ticket) -> Lease | None:
+        """The lease that a ticket needs; None while other ones' requests run."""
+        if self._lease is not None and self._lease.is_for(ticket) and self._turn.holder is self:
+            return self._lease
+        if self._running:
+            return None
+        session, options = ticket.session, self._options
         self._turn.begin(session)
         self._turn.holder = self
-        slots = self._options.rows * (2 if session.signature.output(GATE) else 1)
-        self._pool, self._opened = SlotPool(session, slots, self._options.kv_budget, ticket.adapters), wanted
-        self._pace = Pace(self._options.rows) if self._options.decode.mode is DecodeMode.AUTO else None
+        slots = options.rows * (2 if session.signature.output(GATE) else 1)
+        pool: SlotPool[Ticket] = SlotPool(session, slots, options.kv_budget, ticket.adapters)
+        pace = Pace(options.rows) if options.decode.mode is DecodeMode.AUTO else None
+        steps = RowSteps(session, pool, pairs=options.decode.mode is not DecodeMode.EXACT, pace=pace)
+        self._lease = Lease(session, ticket.adapters, pool, steps)
+        return self._lease
 
     def _has_row(self, ticket: Ticket) -> bool:
         if not self._running:
@@ -172,24 +192,31 @@ class Scheduler:
         self._running.remove(ticket)
         if ticket in self._prefilling:
             self._prefilling.remove(ticket)
-        if self._pool is not None:
-            self._pool.give(ticket)
-        if self.is_idle and ticket.adapters is not None:
-            self._free()
-        ticket.adapters = None  # the session and tickets may be the last to hold an old generation's
+        if self._lease is not None:
+            self._lease.pool.give(ticket)
+        ticket.adapters = None  # tickets are kept for longer than an old generation should be
 
-    def _fail(self, tickets: Sequence[Ticket], error: NumericError) -> None:
-        """End those of the rows that the error names."""
-        self._decoder = None
-        for ticket in [tickets[row] for row in error.rows]:
-            ticket.error = NumericError(error.tensor, (ticket.request.number + 1,), "prompt")
+    def _fail(self, ticket: Ticket, error: UserError) -> None:
+        ticket.error = error
+        self.failed.append(ticket)
+        if ticket in self._running:
             self._leave(ticket)
 
-    def _free(self) -> None:
-        if self._opened is not None and self._turn.holder is self:
-            self._opened[0].allocate(0)
+    def _fail_rows(self, rows: Sequence[Ticket], error: NumericError) -> None:
+        """End those that the error names."""
+        for ticket in [rows[row] for row in error.rows]:
+            self._fail(ticket, NumericError(error.tensor, (ticket.request.number + 1,), "prompt"))
+
+    def _end_lease(self) -> None:
+        if self._lease is not None and self._turn.holder is self:
+            self._lease.session.allocate(0)
             self._turn.holder = None
-        self._pool = self._opened = self._decoder = None
+        self._lease = None
+
+    def _end_lease_of_adapters(self) -> None:
+        """Once idle: the session may be the last to hold an old generation's."""
+        if self.is_idle and self._lease is not None and self._lease.adapters is not None:
+            self._end_lease()
 
     def _require_turn(self) -> None:
         """Running requests end with an error where someone else has taken the session: their K/V is gone."""
@@ -198,111 +225,84 @@ class Scheduler:
         error = InputError(
             "another generation has begun on this model", fix="finish one first, or load the model twice"
         )
-        self._pool = self._opened = self._decoder = None
-        for ticket in list(self._running):
-            ticket.error = error
-            self._leave(ticket)
+        self._lease = None
+        self.end_running(error)
         raise error
 
     # --- what runs
 
-    def _prefill(self) -> list[TokenEvent]:
+    def _prefill(self, steps: RowSteps) -> list[TokenEvent]:
         """The next chunk of the prompt whose turn it is, or the rest of several short ones together."""
         if not self._prefilling:
             return []
-        budget = self._options.chunk_tokens if len(self._prefilling) < len(self._running) else CHUNK
-        group = self._group(budget)
+        decodes = len(self._prefilling) < len(self._running)
+        budget = self._options.chunk_tokens if decodes else max(CHUNK, self._options.chunk_tokens)
+        group = self._group(steps, budget)
         tokens, counts = chunks(group, min(budget, group[0].session.limits.tokens))
-        logits = self._run(group, ExactPasses(self._view(group), [ticket.routing for ticket in group]), tokens, counts)
-        if logits is None:
+        try:
+            logits = steps.prefill(group, tokens, counts)
+        except NumericError as error:
+            self._fail_rows(group, error)
             return []
         events = []
         for ticket, row, count in zip(group, logits, counts.tolist(), strict=True):
             ticket.fed += count
             self._prefilling.remove(ticket)
             if ticket.left:
-                self._prefilling.append(ticket)
+                self._prefilling.append(ticket)  # behind those that wait for their turn
             else:
-                events += self._accept(ticket, row)
+                events.append(self._accept(ticket, row))
         return events
 
-    def _group(self, budget: int) -> list[Ticket]:
-        """Whose turn it is, with others whose prompts fit whole beside the rest of its own, in slots in a row."""
-        group = [self._prefilling[0]]
-        others = list(self._prefilling)[1:]
-        while joining := [ticket for ticket in others if self._fit_together([*group, ticket], budget)]:
-            group.append(joining[0])
-            others.remove(joining[0])
+    def _group(self, steps: RowSteps, budget: int) -> list[Ticket]:
+        """Whose turn it is, and others whose prompts end in the same step."""
+        group, others = [self._prefilling[0]], list(self._prefilling)[1:]
+        while joining := next((ticket for ticket in others if steps.fit_together([*group, ticket], budget)), None):
+            group.append(joining)
+            others.remove(joining)
         return group
 
-    def _fit_together(self, group: Sequence[Ticket], budget: int) -> bool:
-        assert self._pool is not None
-        limits, width = group[0].session.limits, max(ticket.left for ticket in group)
-        if len(group) > limits.rows or width > limits.tokens or len(group) * width > budget:
-            return False
-        if group[0].session.signature.cache_style is CacheStyle.ALIAS and any(  # padding is written too
-            ticket.fed + width > needed_entries(ticket.session, ticket.claim) for ticket in group
-        ):
-            return False
-        gated = [ticket for ticket in group if ticket.claim.is_gated]
-        mains, scalings = [self._pool.main(t) for t in group], [self._pool.scaling(t) for t in gated]
-        return all(max(slots) - min(slots) < len(slots) for slots in (mains, scalings) if slots)
-
-    def _decode(self) -> list[TokenEvent]:
+    def _decode(self, steps: RowSteps) -> list[TokenEvent]:
         """The next token of all whose prompt is done."""
         rows = [ticket for ticket in self._running if not ticket.left]
         if not rows:
             return []
-        tokens = np.array([ticket.request.pending() for ticket in rows], np.int64)
-        logits = self._run(rows, self._passes(rows), tokens, np.ones(len(rows), np.int64))
-        if logits is None:
-            return []
-        return [event for ticket, row in zip(rows, logits, strict=True) for event in self._accept(ticket, row)]
-
-    def _run(self, rows: Sequence[Ticket], passes: Passes, tokens: np.ndarray, counts: np.ndarray) -> np.ndarray | None:
-        """Logits [B, V], or None where some rows fail; after any error both slots of a request end at one token."""
         try:
-            return passes.forward(tokens, counts)
+            logits = steps.decode(rows)
         except NumericError as error:
-            self._align(rows)
-            self._fail(rows, error)
-            return None
-        except BaseException:
-            self._align(rows)
-            self._decoder = None
-            raise
+            self._fail_rows(rows, error)
+            return []
+        return [self._accept(ticket, row) for ticket, row in zip(rows, logits, strict=True)]
 
-    def _accept(self, ticket: Ticket, logits: np.ndarray) -> list[TokenEvent]:
+    def _accept(self, ticket: Ticket, logits: Floats) -> TokenEvent:
         event = ticket.accept(logits)
         if ticket.request.is_done:
             self._leave(ticket)
-        return [event]
+        return event
 
-    def _passes(self, rows: Sequence[Ticket]) -> Passes:
-        """What decodes these rows: kept for as long as they and their slots stay."""
-        view = self._view(rows)
-        key = (tuple(rows), view.slots)
-        if self._decoder is None or self._decoder[0] != key:
-            self._align(rows)
-            routings = [ticket.routing for ticket in rows]
-            passes: Passes = ExactPasses(view, routings)
-            if self._options.decode.mode is not DecodeMode.EXACT and any(ticket.claim.is_gated for ticket in rows):
-                passes = PairedPasses(view, routings, [ticket.request for ticket in rows], self._pace)
-            self._decoder = key, passes
-        return self._decoder[1]
 
-    def _view(self, rows: Sequence[Ticket]) -> SlotView:
-        """The slots of these rows in the order of `runtime.passes.Layout`."""
-        assert self._pool is not None
-        gated = [ticket for ticket in rows if ticket.claim.is_gated]
-        others = [ticket for ticket in rows if not ticket.claim.is_gated]
-        mains = [self._pool.main(ticket) for ticket in (*gated, *others)]
-        return SlotView(rows[0].session, [*(self._pool.scaling(ticket) for ticket in gated), *mains])
+def open_ticket(
+    request: Request, routing: Routing, session: SlotSession, adapters: Stack | None, kv_budget: int | None
+) -> Ticket:
+    """What a request needs; one that could never run is refused. Changes nothing, from any thread."""
+    if session.signature.cache_style is CacheStyle.NONE:
+        raise InputError("requests cannot come and go in a graph without K/V cache", fix="build with --cache kv")
+    claim = Claim(request.most_fed, is_gated(session, [routing]))
+    require_room(session, claim, kv_budget)
+    return Ticket(request, routing, session, stack_for(session, adapters), claim)
 
-    def _align(self, rows: Sequence[Ticket]) -> None:
-        """Drop what scaling slots hold beyond the main ones: drafts, and the first half of a step that failed."""
-        assert self._pool is not None
-        for ticket in rows:
-            if ticket.claim.is_gated:
-                session = ticket.session
-                session.truncate(self._pool.scaling(ticket), int(session.lengths[self._pool.main(ticket)]))
+
+def run_to_end(scheduler: Scheduler) -> Iterator[TokenEvent]:
+    """All that is queued; the first request that fails ends it for all."""
+    try:
+        while not scheduler.is_idle:
+            yield from scheduler.step()
+            for ticket in scheduler.failed:
+                assert ticket.error is not None
+                raise ticket.error
+    finally:
+        scheduler.close()
+
+
+def _no_memory() -> MachineError:
+    return MachineError("not enough memory for the K/V of a request", fix="a smaller K/V budget or fewer rows")

@@ -142,5 +142,6 @@ def test_random_arrivals_get_what_they_get_alone(models: dict[CacheStyle, Model]
                 ties.compare(want[number][: len(got)], got, f"cancelled prompt {number}, {decode}")
             else:
                 ties.compare(want[number], got, f"prompt {number}, {decode}")
-        assert not run.scheduler._pool or not run.scheduler._pool._places
+        assert run.scheduler._lease is not None
+        assert not run.scheduler._lease.pool._places
     ties.check()
