@@ -260,7 +260,7 @@ class Scheduler:
         while joining := next((ticket for ticket in others if steps.fit_together([*group, ticket], budget)), None):
             group.append(joining)
             others.remove(joining)
-        return group
+        return [ticket for ticket in self._prefilling if ticket in group]
 
     def _decode(self, steps: RowSteps) -> list[TokenEvent]:
         """The next token of all whose prompt is done."""
