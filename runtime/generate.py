@@ -23,7 +23,7 @@ from runtime.passes import Ids, Passes
 from runtime.request import Completion, Limits, Request, TokenEvent
 from runtime.routing import Columns, Mix, Route, route_for
 from runtime.sampling import Sampler, Sampling
-from runtime.scheduler import Scheduler, SchedulerOptions, run_to_end
+from runtime.scheduler import Scheduler, SchedulerOptions, can_schedule, run_to_end
 from runtime.session import SlotSession, StepLimits
 from runtime.signature import CacheStyle
 from runtime.stacks import Stack
@@ -71,8 +71,11 @@ class GenerateOptions:
         if self.kv_budget is not None and self.kv_budget < 1:
             problems.append(InputError("kv_budget", got=str(self.kv_budget), need="at least 1"))
         with gathering(problems):
-            if _decode_of(self).mode is DecodeMode.FROZEN and self.kv_budget is not None:
-                problems.append(InputError("frozen scalings know no K/V budget", got="kv_budget", fix="leave it out"))
+            decode = _decode_of(self)
+            if self.kv_budget is not None and not can_schedule(decode):
+                problems.append(
+                    InputError(f"decode {decode.mode} knows no K/V budget", got="kv_budget", fix="leave it out")
+                )
         raise_all("options", problems)
 
 
@@ -136,7 +139,7 @@ def prepare(
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class _Way:
     """How one prompt runs."""
 
     variant: str | None
@@ -150,7 +153,7 @@ class _Batch:
 
     numbers: list[int]  # of the prompts
     requests: list[Request]
-    ways: list[Way]
+    ways: list[_Way]
     decode: Decode
     adapters: Stack | None
 
@@ -181,14 +184,14 @@ class _Batch:
 
 def requests_of(
     model: Model, prompts: Sequence[Prompt | Routed], options: GenerateOptions, generation: Generation | None
-) -> tuple[list[Request], list[Way]]:
+) -> tuple[list[Request], list[_Way]]:
     """Each prompt as a request, on its own way where it has one, else the options'; all that is wrong, together."""
     asked = [each if isinstance(each, Routed) else Routed(each) for each in prompts]
     own = [each.variant is not None or each.mix is not None for each in asked]
     loaded = generation.columns if generation else None
     requests: list[Request] = []
-    ways: list[Way] = []
-    default: Way | None = None
+    ways: list[_Way] = []
+    default: _Way | None = None
     problems: list[InputError] = []
     if options.stop and model.text is None:
         problems.append(InputError("stop strings need a tokenizer, this bundle has none", fix="use stop token ids"))
@@ -213,19 +216,19 @@ def requests_of(
     return requests, ways
 
 
-def _way(model: Model, variant: str | None, mix: Mix | None, loaded: Columns | None) -> Way:
+def _way(model: Model, variant: str | None, mix: Mix | None, loaded: Columns | None) -> _Way:
     route = route_for(model.manifest, model.graph, variant, mix, loaded)
-    return Way(variant, route, model.session_of(route.graph))
+    return _Way(variant, route, model.session_of(route.graph))
 
 
 def _is_continuous(session: SlotSession, prompts: int, options: GenerateOptions, decode: Decode) -> bool:
     """Whether so many prompts of one graph take each other's places, rather than run batch after batch."""
-    if session.signature.cache_style is CacheStyle.NONE or decode.mode is DecodeMode.FROZEN:
+    if session.signature.cache_style is CacheStyle.NONE or not can_schedule(decode):
         return False
     return options.kv_budget is not None or prompts > options.batch_size > 1
 
 
-def _batches(ways: Sequence[Way], options: GenerateOptions, decode: Decode) -> list[list[int]]:
+def _batches(ways: Sequence[_Way], options: GenerateOptions, decode: Decode) -> list[list[int]]:
     """The prompts, by number, that run together: those of one graph, as many as asked for and the session takes."""
     of_graph: dict[str, list[int]] = {}
     for number, way in enumerate(ways):
@@ -303,7 +306,7 @@ def _in_prompt(number: int, error: InputError) -> InputError:
     return InputError(str(error), where=f"prompt {number + 1}", code=error.code)
 
 
-def _request(model: Model, number: int, ids: Sequence[int], way: Way, options: GenerateOptions) -> Request:
+def _request(model: Model, number: int, ids: Sequence[int], way: _Way, options: GenerateOptions) -> Request:
     limits = Limits(
         _new_tokens(len(ids), way.session.limits, options.max_new_tokens),
         model.end_token_ids | frozenset(options.stop_token_ids),

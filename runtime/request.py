@@ -29,7 +29,7 @@ class TokenEvent:
     token_id: int
     text: str
     finish_reason: FinishReason | None  # set on a prompt's last event
-    seconds: float  # since its batch began
+    seconds: float  # since its batch began, or since it left the queue of a scheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +115,9 @@ class Request:
         return not self.is_done and 0 < len(self.events) < self._limits.max_new_tokens - 1
 
     def draft(self, logits: NDArray[np.float32]) -> int:
-        """Guess the next token from the scaling pass's logits [V]; `accept` then takes it or leaves it.
-
-        Asked again before that, after a step that failed for another row, it draws no second time from its stream.
-        """
-        if self._draft is None:
-            self._draft = self._sampler.draft(logits)
-            self._drafts += 1
+        """Guess the next token from the scaling pass's logits [V]; `accept` then takes it or leaves it."""
+        self._draft = self._sampler.draft(logits)
+        self._drafts += 1
         return self._draft.token_id
 
     def accept(self, logits: NDArray[np.float32], seconds: float) -> TokenEvent:

@@ -72,7 +72,7 @@ class RowSteps:
     def _decoder_of(self, rows: Sequence[Ticket], view: SlotView) -> Passes:
         routings = [row.routing for row in rows]
         if self._pairs and any(row.claim.is_gated for row in rows):
-            return PairedPasses(view, routings, [row.request for row in rows], self._pace)
+            return PairedPasses(view, routings, rows, self._pace)
         return ExactPasses(view, routings)
 
     def _view(self, rows: Sequence[Ticket]) -> SlotView:

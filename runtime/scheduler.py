@@ -41,16 +41,20 @@ class SchedulerOptions:
             for name, count in counts.items()
             if count is not None and count < 1
         ]
-        if self.decode.mode is DecodeMode.FROZEN:
+        if not can_schedule(self.decode):
             problems.append(
                 InputError(
-                    "scalings cannot be frozen where requests come and go",
-                    got="decode frozen",
+                    f"requests cannot come and go under decode {self.decode.mode}",
                     need="exact, paired or auto",
                     code="E_DECODE",
                 )
             )
         raise_all("scheduler", problems)
+
+
+def can_schedule(decode: Decode) -> bool:
+    """Whether rows under it may come and go: what their passes remember is in their slots, or can be computed anew."""
+    return decode.mode in (DecodeMode.EXACT, DecodeMode.PAIRED, DecodeMode.AUTO)
 
 
 @dataclass(frozen=True, slots=True)

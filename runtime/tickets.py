@@ -8,7 +8,7 @@ from time import perf_counter
 import numpy as np
 
 from runtime.errors import UserError
-from runtime.passes import Ids, Routing
+from runtime.passes import Floats, Ids, Routing
 from runtime.request import Request, TokenEvent
 from runtime.session import SlotSession
 from runtime.slot_pool import Claim
@@ -16,7 +16,7 @@ from runtime.stacks import Stack
 
 
 class Ticket:
-    """The handle of a request that was submitted; its scheduler alone changes it."""
+    """The handle of a request that was submitted; its scheduler alone changes it. As a row, it drafts."""
 
     def __init__(
         self, request: Request, routing: Routing, session: SlotSession, adapters: Stack | None, claim: Claim
@@ -25,6 +25,7 @@ class Ticket:
         self.session, self.adapters = session, adapters  # requests of one step share both
         self.fed = 0  # tokens of the prompt that the network has seen
         self.began = 0.0  # when it left the queue
+        self._drafted: int | None = None  # a guess of the next token, once it is drawn
         self.error: UserError | None = None
         self.is_cancelled = False
 
@@ -38,8 +39,29 @@ class Ticket:
         """Tokens of the prompt that are still to be fed."""
         return len(self.request.prompt) - self.fed
 
-    def accept(self, logits: np.ndarray) -> TokenEvent:
+    @property
+    def is_sampled(self) -> bool:
+        """Whether its tokens are drawn at random."""
+        return self.request.is_sampled
+
+    @property
+    def wants_draft(self) -> bool:
+        """Whether a guess of the next token may help."""
+        return self.request.wants_draft
+
+    def draft(self, logits: Floats) -> int:
+        """A guess of the next token from the scaling pass's logits [V].
+
+        Asked again, after a step that failed for another row, it draws no second time: else a seed's tokens would
+        depend on the company.
+        """
+        if self._drafted is None:
+            self._drafted = self.request.draft(logits)
+        return self._drafted
+
+    def accept(self, logits: Floats) -> TokenEvent:
         """The next token, chosen from logits [V]."""
+        self._drafted = None
         return self.request.accept(logits, perf_counter() - self.began)
 
 

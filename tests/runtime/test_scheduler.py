@@ -572,7 +572,7 @@ def test_adapters_of_another_generation_wait_for_the_first_to_end(
         ({"rows": 0}, "rows; got 0; need at least 1"),
         ({"kv_budget": 0}, "kv_budget; got 0; need at least 1"),
         ({"chunk_tokens": 0}, "chunk_tokens; got 0; need at least 1"),
-        ({"decode": Decode(DecodeMode.FROZEN)}, "cannot be frozen where requests come and go"),
+        ({"decode": Decode(DecodeMode.FROZEN)}, "requests cannot come and go under decode frozen"),
     ],
 )
 def test_bad_options_are_refused(fields: dict[str, Any], message: str) -> None:
@@ -693,8 +693,8 @@ def test_generate_names_the_prompt_with_bad_numbers(tmp_path: Path) -> None:
         assert caught.value.rows == (4,)
 
 
-def test_frozen_scalings_know_no_budget() -> None:
-    with pytest.raises(InputError, match="frozen scalings know no K/V budget"):
+def test_ways_that_are_not_scheduled_know_no_budget() -> None:
+    with pytest.raises(InputError, match="decode frozen knows no K/V budget"):
         GenerateOptions(decode="frozen", kv_budget=1 << 20)
     with pytest.raises(InputError, match="kv_budget; got 0; need at least 1"):
         GenerateOptions(kv_budget=0)
