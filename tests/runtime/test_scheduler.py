@@ -117,7 +117,7 @@ def test_random_arrivals_get_what_they_get_alone(
     """Random lengths, variants, rows, budgets, chunks, arrivals and cancellations."""
     model, ties = models[style], Ties()
     random = np.random.default_rng([STYLES.index(style), MODES.index(decode)])
-    for _ in range(5):
+    for _ in range(8):
         prompts, how = asked(random, 12), GenerateOptions(max_new_tokens=int(random.integers(1, 14)))
         want = alone(model, prompts, how)
         slot = model.session.cache_bytes(1, 64)
@@ -404,6 +404,36 @@ def test_the_budget_holds_while_memory_is_copied(model: Model, monkeypatch: pyte
         assert budget / 2 < count["most"] <= budget
         run.scheduler.close()
         assert (count["now"], run.scheduler.kv_bytes) == (0, 0)
+
+
+def test_padding_that_a_graph_writes_stays_within_its_slot(models: dict[CacheStyle, Model]) -> None:
+    """A short rest beside a long prompt would be padded past the capacity; apart they fit."""
+    model = models[CacheStyle.ALIAS]
+    prompts, how = [*gated(1), Routed([3] * 20, "xlora"), Routed([5] * 58, "xlora")], GenerateOptions(max_new_tokens=5)
+    want = alone(model, prompts, how)
+    run = Run(model, options_for("exact", chunk_tokens=8), prompts, how)
+    with seen_logits() as seen:
+        decodes = run.submit(0)
+        run.step()
+        short = run.submit(1)
+        run.step()
+        assert short.fed == 8
+        run.scheduler.cancel(decodes)
+        run.submit(2)
+        run.to_end()  # each step looks at the memory
+    for number in (1, 2):
+        Ties().compare(want[number], seen[number], "padded")
+
+
+def test_an_abandoned_stream_of_many_prompts_leaves_the_model_usable(model: Model) -> None:
+    how = GenerateOptions(max_new_tokens=6, batch_size=2)
+    want = [each.token_ids for each in complete(model, gated(4), how)]
+    stream = generate(model, gated(4), how)
+    next(stream)
+    assert [each.token_ids for each in complete(model, gated(4), how)] == want
+    with pytest.raises(InputError, match="another generation has begun on this model"):
+        list(stream)
+    assert [each.token_ids for each in complete(model, gated(4), how)] == want
 
 
 def test_without_memory_for_one_the_others_go_on(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
