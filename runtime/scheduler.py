@@ -119,6 +119,7 @@ class Scheduler:
         ticket.is_cancelled = True
         if ticket in self._waiting:
             self._waiting.remove(ticket)
+            ticket.adapters = None
         elif ticket in self._running:
             self._leave(ticket)
 
@@ -134,7 +135,7 @@ class Scheduler:
             self._lease.pool.arrange()
             self._events += self._prefill(self._lease.steps)
             self._events += self._decode(self._lease.steps)
-            self._end_lease_of_adapters()
+        self._end_lease_of_adapters()
         events, self._events = self._events, []
         return events
 
@@ -203,6 +204,7 @@ class Scheduler:
     def _fail(self, ticket: Ticket, error: UserError) -> None:
         ticket.error = error
         self.failed.append(ticket)
+        ticket.adapters = None
         if ticket in self._running:
             self._leave(ticket)
 
