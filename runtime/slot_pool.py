@@ -119,14 +119,18 @@ class SlotPool(Generic[Key]):
         return True
 
     def _shape(self, slots: int, entries: int, beside: int) -> tuple[int, int] | None:
-        """Slots and capacity: with room for more of both where that fits beside what is there, else without."""
-        for capacity in (capacity_for(entries, self._session.limits.positions), _tight(self._session, entries)):
-            count = self._most_slots
-            if self._budget is not None:
-                count = min(count, (self._budget - beside) // max(self._session.cache_bytes(1, capacity), 1))
-            if count >= slots:
-                return count, capacity
-        return None
+        """Slots and capacity beside so many bytes: as many slots as fit, longer than needed where all of them fit."""
+        roomy, tight = capacity_for(entries, self._session.limits.positions), _tight(self._session, entries)
+        if self._count(roomy, beside) == self._most_slots:
+            return self._most_slots, roomy
+        count = self._count(tight, beside)
+        return (count, tight) if count >= slots else None
+
+    def _count(self, capacity: int, beside: int) -> int:
+        """How many slots of this capacity the budget allows beside so many bytes."""
+        if self._budget is None:
+            return self._most_slots
+        return min(self._most_slots, (self._budget - beside) // max(self._session.cache_bytes(1, capacity), 1))
 
     def _wastes(self, entries: int) -> bool:
         """Whether slots are more than twice as long as needed: a step reads all of it."""

@@ -368,6 +368,36 @@ def test_longer_slots_wait_for_room_beside_the_old_ones(model: Model) -> None:
         assert all(request.is_done for request in run.requests)
 
 
+def test_running_requests_keep_their_entries_among_fewer_longer_slots(model: Model) -> None:
+    """32 slots take most of the budget; beside them there is room for four of twice the length."""
+    prompts, how = [*gated(1, 20), Routed([3] * 100, "xlora")], GenerateOptions(max_new_tokens=9)
+    want = alone(model, prompts, how)
+    run = Run(model, options_for("exact", kv_budget=40 * model.session.cache_bytes(1, 64)), prompts, how)
+    with seen_logits() as seen:
+        run.submit(0)
+        run.step()
+        assert len(model.session.lengths) == 32
+        run.submit(1)
+        run.step()
+        assert len(model.session.lengths) == 4
+        run.to_end()
+    for number in want:
+        Ties().compare(want[number], seen[number], "among fewer")
+
+
+def test_a_full_slot_that_rides_along_has_room_for_the_padding(models: dict[CacheStyle, Model]) -> None:
+    """Whole grains of entries, and drafts that come true in some rows while others catch up."""
+    model, random = models[CacheStyle.ALIAS], np.random.default_rng(31)
+    for length in (58, 59, 60):
+        prompts = [Routed(random.integers(0, SMALL.vocab, length).tolist(), "xlora") for _ in range(12)]
+        budget = 8 * model.session.cache_bytes(1, 65)  # no more than the slots need
+        run = Run(model, options_for("paired", kv_budget=budget), prompts, GenerateOptions(max_new_tokens=65 - length))
+        for number in range(len(prompts)):
+            run.submit(number)
+        run.to_end()  # each step looks at the memory
+        assert sum(request.completion().timings.accepted for request in run.requests) > 0
+
+
 def test_slots_shrink_once_the_longest_request_has_gone(model: Model) -> None:
     prompts = [Routed([3] * 150, "xlora"), *gated(1, 10)]
     run = Run(model, options_for("exact"), prompts, GenerateOptions(max_new_tokens=20))
