@@ -153,14 +153,23 @@ def test_a_fault_of_the_machine_ends_what_runs_and_nothing_else(model: Model, mo
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_nobody_waits_for_a_worker_that_broke_down(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached, opened = threading.Event(), threading.Event()
+
     def defect(rows: Any) -> Any:
+        reached.set()
+        assert opened.wait(SECONDS)
         raise ZeroDivisionError("a defect")
 
     monkeypatch.setattr(model.session, "step", defect)
     serving = Serving(model)
-    answer = serving.submit([1], HOW)
+    running = serving.submit([1], HOW)
+    assert reached.wait(SECONDS)
+    just_came = serving.submit([2], HOW)
+    opened.set()
     with pytest.raises(UserError, match="the serving broke down; got ZeroDivisionError"):
-        answer.completion(SECONDS)
+        running.completion(SECONDS)
+    with pytest.raises(InputError, match="the request was cancelled"):
+        just_came.completion(SECONDS)
     serving.close()
     with pytest.raises(InputError, match="serving: it is closed and takes no more requests"):
         serving.submit([1], HOW)
