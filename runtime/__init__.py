@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from runtime.request import Timings as Timings
     from runtime.request import TokenEvent as TokenEvent
     from runtime.sampling import Sampling as Sampling
+    from runtime.scheduler import SchedulerOptions as SchedulerOptions
+    from runtime.serving import Answer as Answer
+    from runtime.serving import Serving as Serving
 
 # Each name is imported on first use, so that `import runtime` costs nothing.
 # `generate` is `runtime.generate.generate`: a package cannot give one name to a module and a function.
@@ -54,6 +57,8 @@ _HOMES = {
         "runtime.model": ("Model", "load"),
         "runtime.request": ("Completion", "FinishReason", "Timings", "TokenEvent"),
         "runtime.sampling": ("Sampling",),
+        "runtime.scheduler": ("SchedulerOptions",),
+        "runtime.serving": ("Answer", "Serving"),
     }.items()
     for name in names
 }

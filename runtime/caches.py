@@ -50,6 +50,17 @@ class CacheGroup:
         self.memory = np.zeros((*old.shape[:3], capacity, self.dim), self.dtype)
         self.memory[:, :, :, : old.shape[3]] = old
 
+    def resized(self, slots: int, capacity: int) -> NDArray[np.generic]:
+        """A zeroed block of another size with the entries that fit."""
+        old = self.memory[:, :slots, :, :capacity]
+        memory: NDArray[np.generic] = np.zeros((len(self.inputs), slots, self.heads, capacity, self.dim), self.dtype)
+        memory[:, : old.shape[1], :, : old.shape[3]] = old
+        return memory
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first entries of one slot over those of another."""
+        self.memory[:, target, :, :length] = self.memory[:, source, :, :length]
+
     def write(
         self, fresh: NDArray[np.generic], slots: slice, past: NDArray[np.int64], counts: NDArray[np.int64]
     ) -> None:
@@ -94,6 +105,17 @@ class Caches:
         for group in self.groups:
             group.grow(self.capacity)
         return True
+
+    def resize(self, slots: int, capacity: int) -> None:
+        """So many slots of at least this capacity; memory for all of it is there before anything changes."""
+        blocks = [group.resized(slots, capacity) for group in self.groups]
+        self.capacity = capacity
+        for group, block in zip(self.groups, blocks, strict=True):
+            group.memory = block
+
+    def nbytes(self, slots: int, capacity: int) -> int:
+        """What so many slots of this capacity take."""
+        return sum(len(g.inputs) * slots * g.heads * capacity * g.dim * g.dtype.itemsize for g in self.groups)
 
 
 def cache_names(signature: Signature) -> tuple[CacheNames, ...]:

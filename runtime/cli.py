@@ -96,7 +96,9 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     add(
         "--seed", type=int, metavar="S", help="same seed, prompt and --decode, same text, whatever else is in the batch"
     )
-    add("--batch-size", type=int, default=16, metavar="N", help="prompts that run together (default 16)")
+    several = "prompts that run together (default 16); as one ends the next takes its place"
+    add("--batch-size", type=int, default=16, metavar="N", help=several)
+    add("--kv-budget", type=int, metavar="BYTES", help="the most memory for K/V; prompts beyond it wait for others")
     add("--graph", metavar="NAME", help="a graph's name or mode (default: the variant's, or the dynamic one)")
     _add_backend(add)
     add("--threads", type=int, metavar="N")
@@ -249,6 +251,7 @@ def _options(args: argparse.Namespace) -> GenerateOptions:
         sampling=Sampling(args.temperature, args.top_k, args.top_p, args.seed),
         stop=tuple(args.stop),
         batch_size=args.batch_size,
+        kv_budget=args.kv_budget,
         decode=decode_from_text(args.decode, args.freeze),
         measure_frozen=args.json or not args.quiet,
     )

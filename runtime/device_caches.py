@@ -33,9 +33,10 @@ class DeviceGroup:
         """Where cache `number` of a slot begins; its H, C, D and the next slots follow without a gap."""
         return self.address + (number * self.slots + slot) * self.names.heads * self.capacity * self.entry
 
-    def block_bytes(self, capacity: int) -> int:
-        """Bytes of the whole block."""
-        return self.count * self.slots * self.names.heads * capacity * self.entry
+    def block_bytes(self, capacity: int, slots: int | None = None) -> int:
+        """Bytes of a whole block, of as many slots as now or of so many."""
+        slots = self.slots if slots is None else slots
+        return self.count * slots * self.names.heads * capacity * self.entry
 
     def fresh(self, address: int, rows: int, width: int) -> Layout:
         """The new entries of one step: N layers of [B, H, S, D], a row for each B and H, each layer aligned."""
@@ -53,11 +54,16 @@ class DeviceGroup:
         heads = self.names.heads
         return Layout(self.address, self.capacity * self.entry, self.slots * heads, start * self.entry, slot * heads)
 
-    def copy_to(self, device: Device, address: int, capacity: int) -> None:
-        """Copy all entries into a larger block."""
-        rows, width = self.slots * self.names.heads, self.capacity * self.entry
-        larger = Layout(address, capacity * self.entry, rows)
-        device.copy(self.layout(0, 0), larger, width, rows, self.count)
+    def copy_to(self, device: Device, address: int, capacity: int, slots: int | None = None) -> None:
+        """Copy the entries that fit into a block of another size."""
+        slots = self.slots if slots is None else slots
+        other = Layout(address, capacity * self.entry, slots * self.names.heads)
+        width, height = min(self.capacity, capacity) * self.entry, min(self.slots, slots) * self.names.heads
+        device.copy(self.layout(0, 0), other, width, height, self.count)
+
+    def move(self, device: Device, source: int, target: int, length: int) -> None:
+        """Copy the first entries of one slot over those of another."""
+        device.copy(self.layout(source, 0), self.layout(target, 0), length * self.entry, self.names.heads, self.count)
 
     def write(
         self, device: Device, fresh: int, width: int, slots: slice, past: NDArray[np.int64], counts: NDArray[np.int64]
@@ -103,22 +109,37 @@ class DeviceCaches:
 
     def capacity_with(self, needed: int) -> int:
         """The capacity once there is room for `needed` entries a slot."""
-        if self._fixed is not None:
-            return self._fixed
-        if needed <= self.capacity:
+        if self._fixed is None and needed <= self.capacity:
             return self.capacity
-        return -(-capacity_for(needed, self._max_positions) // self._step) * self._step
+        return self._whole(capacity_for(needed, self._max_positions))
+
+    def nbytes(self, slots: int, capacity: int) -> int:
+        """What so many slots with room for `capacity` entries take."""
+        return sum(group.block_bytes(self._whole(capacity), slots) for group in self.groups)
 
     def reserve(self, needed: int) -> bool:
         """Make room for `needed` entries a slot; True when the memory moved. Without memory nothing changes."""
         capacity = self.capacity_with(needed)
         if capacity == self.capacity:
             return False
+        self._rebuild(None, capacity)
+        return True
+
+    def resize(self, slots: int, capacity: int) -> None:
+        """So many slots with room for `capacity` entries; those that stay keep theirs. Without memory no change."""
+        self._rebuild(slots, self._whole(capacity))
+
+    def _whole(self, capacity: int) -> int:
+        """The capacity that a block really has."""
+        return self._fixed if self._fixed is not None else -(-capacity // self._step) * self._step
+
+    def _rebuild(self, slots: int | None, capacity: int) -> None:
+        """Copy into blocks of another size; None: for as many slots as before."""
         blocks: list[int] = []
         try:
             for group in self.groups:
-                blocks.append(self._device.allocate_zeroed(group.block_bytes(capacity)))
-                group.copy_to(self._device, blocks[-1], capacity)
+                blocks.append(self._device.allocate_zeroed(group.block_bytes(capacity, slots)))
+                group.copy_to(self._device, blocks[-1], capacity, slots)
         except BaseException:
             for block in blocks:
                 self._device.free(block)
@@ -126,9 +147,9 @@ class DeviceCaches:
         self.capacity = capacity
         for group, block in zip(self.groups, blocks, strict=True):
             old, group.address, group.capacity = group.address, block, capacity
+            group.slots = group.slots if slots is None else slots
             if old:
                 self._device.free(old)
-        return True
 
 
 def entry_bytes(names: CacheNames) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from time import perf_counter
 
 import numpy as np
@@ -22,7 +23,8 @@ from runtime.passes import Ids, Passes
 from runtime.request import Completion, Limits, Request, TokenEvent
 from runtime.routing import Columns, Mix, Route, route_for
 from runtime.sampling import Sampler, Sampling
-from runtime.session import Session, StepLimits
+from runtime.scheduler import Scheduler, SchedulerOptions, can_schedule, run_to_end
+from runtime.session import SlotSession, StepLimits
 from runtime.signature import CacheStyle
 from runtime.stacks import Stack
 from runtime.text import TextStream
@@ -51,7 +53,8 @@ class GenerateOptions:
     mix: Mix | None = None  # or fixed scalings by expert name, {} for the base model; neither: the graph's gate
     stop: tuple[str, ...] = ()  # texts that end a request; they are left out of its text
     stop_token_ids: tuple[int, ...] = ()  # besides the model's end tokens
-    batch_size: int = 16  # prompts that run together
+    batch_size: int = 16  # prompts that run together; as one ends the next takes its place
+    kv_budget: int | None = None  # bytes of K/V; prompts beyond it wait
     decode: str | Decode = DecodeMode.AUTO.value  # exact, paired, auto or frozen:K; of rows under the gate
     measure_frozen: bool = False  # how far frozen scalings are from exact, once a batch has ended
 
@@ -65,8 +68,14 @@ class GenerateOptions:
             problems.append(InputError("batch_size", got=str(self.batch_size), need="at least 1"))
         if self.variant is not None and self.mix is not None:
             problems.append(InputError("a variant has its own mix", got="a variant and a mix", need="one of them"))
+        if self.kv_budget is not None and self.kv_budget < 1:
+            problems.append(InputError("kv_budget", got=str(self.kv_budget), need="at least 1"))
         with gathering(problems):
-            _decode_of(self)
+            decode = _decode_of(self)
+            if self.kv_budget is not None and not can_schedule(decode):
+                problems.append(
+                    InputError(f"decode {decode.mode} knows no K/V budget", got="kv_budget", fix="leave it out")
+                )
         raise_all("options", problems)
 
 
@@ -81,7 +90,8 @@ def generate(
     Where adapters are inputs, all prompts use those of `generation` to their end, by default the newest at this call.
 
     Rows of a batch advance together. Batches hold prompts of one graph and come in the order of their first ones: with
-    a batch size of 1, prompt after prompt.
+    a batch size of 1, prompt after prompt. Where a graph has more prompts than a batch takes, or with a K/V budget, a
+    prompt takes the place of the first that ends (`runtime.scheduler`).
     """
     _, events = prepare(model, prompts, options, generation)
     return events
@@ -114,13 +124,18 @@ def prepare(
         generation = model.adapters.current  # what all these prompts will see to their end
     elif generation is not None and not (model.adapters and model.adapters.has(generation)):
         raise InputError("this generation of adapters is another model's", fix="give one of this model's adapters")
-    requests, ways = _requests(model, prompts, options, generation)
+    requests, ways = requests_of(model, prompts, options, generation)
     decode, stack = _decode_of(options), generation.stack if generation else None
-    batches = [
-        _Batch(numbers, [requests[n] for n in numbers], [ways[n] for n in numbers], decode, stack)
-        for numbers in _batches(ways, options.batch_size, decode)
-    ]
-    return requests, (event for batch in batches for event in _run(model, batch, measures=options.measure_frozen))
+    runs: list[Iterator[TokenEvent]] = []
+    for numbers in _batches(ways, options, decode):
+        batch = _Batch(numbers, [requests[n] for n in numbers], [ways[n] for n in numbers], decode, stack)
+        is_continuous = _is_continuous(batch.session, len(numbers), options, decode)
+        runs.append(
+            _run_continuously(model, batch, options)
+            if is_continuous
+            else _run(model, batch, measures=options.measure_frozen)
+        )
+    return requests, chain.from_iterable(runs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +144,7 @@ class _Way:
 
     variant: str | None
     route: Route
-    session: Session
+    session: SlotSession
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +158,7 @@ class _Batch:
     adapters: Stack | None
 
     @property
-    def session(self) -> Session:
+    def session(self) -> SlotSession:
         """The one of all its ways."""
         return self.ways[0].session
 
@@ -167,7 +182,7 @@ class _Batch:
                 raise NumericError(error.tensor, (row,)) from error
 
 
-def _requests(
+def requests_of(
     model: Model, prompts: Sequence[Prompt | Routed], options: GenerateOptions, generation: Generation | None
 ) -> tuple[list[Request], list[_Way]]:
     """Each prompt as a request, on its own way where it has one, else the options'; all that is wrong, together."""
@@ -206,7 +221,14 @@ def _way(model: Model, variant: str | None, mix: Mix | None, loaded: Columns | N
     return _Way(variant, route, model.session_of(route.graph))
 
 
-def _batches(ways: Sequence[_Way], wanted: int, decode: Decode) -> list[list[int]]:
+def _is_continuous(session: SlotSession, prompts: int, options: GenerateOptions, decode: Decode) -> bool:
+    """Whether so many prompts of one graph take each other's places, rather than run batch after batch."""
+    if session.signature.cache_style is CacheStyle.NONE or not can_schedule(decode):
+        return False
+    return options.kv_budget is not None or prompts > options.batch_size > 1
+
+
+def _batches(ways: Sequence[_Way], options: GenerateOptions, decode: Decode) -> list[list[int]]:
     """The prompts, by number, that run together: those of one graph, as many as asked for and the session takes."""
     of_graph: dict[str, list[int]] = {}
     for number, way in enumerate(ways):
@@ -214,13 +236,29 @@ def _batches(ways: Sequence[_Way], wanted: int, decode: Decode) -> list[list[int
     batches = []
     for numbers in of_graph.values():
         session = ways[numbers[0]].session
+        if _is_continuous(session, len(numbers), options, decode):
+            batches.append(numbers)
+            continue
         is_cached = session.signature.cache_style is not CacheStyle.NONE
         most = session.limits.rows
         if decode.mode is DecodeMode.PAIRED and is_gated(session, [ways[n].route.routing for n in numbers]):
             most = max(1, min(most, session.limits.decode_rows // 2))  # its steps carry gated rows twice
-        size = min(wanted, most) if is_cached else 1
+        size = min(options.batch_size, most) if is_cached else 1
         batches += [numbers[start : start + size] for start in range(0, len(numbers), size)]
     return sorted(batches)
+
+
+def _run_continuously(model: Model, batch: _Batch, options: GenerateOptions) -> Iterator[TokenEvent]:
+    """All prompts of a graph through a scheduler; those that can never run are refused before the first event."""
+    scheduler = Scheduler(model.turn, SchedulerOptions(options.batch_size, options.kv_budget, decode=batch.decode))
+    problems: list[InputError] = []
+    for number, request, way in zip(batch.numbers, batch.requests, batch.ways, strict=True):
+        found: list[InputError] = []
+        with gathering(found):
+            scheduler.submit(request, way.route.routing, batch.session, batch.adapters)
+        problems += [_in_prompt(number, problem) for problem in found]
+    raise_all("prompts", problems)
+    return run_to_end(scheduler)
 
 
 def _run(model: Model, batch: _Batch, *, measures: bool) -> Iterator[TokenEvent]:

@@ -17,7 +17,7 @@ from runtime.bundle import Bundle, open_bundle
 from runtime.engines import Target, fitting_engine
 from runtime.errors import InputError
 from runtime.manifest import GraphInfo, Manifest, Mode, OnnxRuntimeForm, Task, VariantInfo
-from runtime.session import Session, SessionSettings
+from runtime.session import SessionSettings, SlotSession
 from runtime.tensorrt import load_tensorrt, this_machine
 from runtime.text import Text
 
@@ -27,9 +27,9 @@ class Turn:
     """Whose caches the sessions hold now: one generation at a time."""
 
     holder: object = None
-    session: Session | None = None  # of its caches
+    session: SlotSession | None = None  # of its caches
 
-    def begin(self, session: Session) -> None:
+    def begin(self, session: SlotSession) -> None:
         """Nobody's, until a holder is set. What another session holds goes: it would keep old adapters alive."""
         self.holder = None
         if self.session is not None and self.session is not session:
@@ -43,10 +43,10 @@ class Model:
 
     manifest: Manifest
     graph: GraphInfo  # of requests that name no variant
-    session: Session  # of that graph
+    session: SlotSession  # of that graph
     text: Text | None  # None: token ids only
-    open_graph: Callable[[GraphInfo], Session]
-    others: dict[str, Session] = field(default_factory=dict)  # by graph, opened when first asked for
+    open_graph: Callable[[GraphInfo], SlotSession]
+    others: dict[str, SlotSession] = field(default_factory=dict)  # by graph, opened when first asked for
     turn: Turn = field(default_factory=Turn)
     adapters: AdapterPool | None = None  # where the dynamic graph's adapters are inputs
 
@@ -65,7 +65,7 @@ class Model:
         """The tokens with which the model ends a text."""
         return frozenset(self.manifest.base.eos_token_ids)
 
-    def session_of(self, graph: str) -> Session:
+    def session_of(self, graph: str) -> SlotSession:
         """The session of the graph of this name. The weights they share lie in memory once: files are mapped."""
         if graph == self.graph.name:
             return self.session
@@ -144,7 +144,7 @@ def load(
     tokenizer = bundle.manifest.tokenizer
     text = Text(bundle.file(tokenizer.path)) if tokenizer else None
 
-    def open_graph(info: GraphInfo) -> Session:
+    def open_graph(info: GraphInfo) -> SlotSession:
         if backend in tuple(Target):
             return engine_session(bundle, info, Target(backend), settings)
         form = info if portable else form_for(info, backend, provider)
@@ -159,7 +159,7 @@ def form_for(graph: GraphInfo, backend: str, provider: str) -> GraphInfo | OnnxR
     return graph.onnxruntime if is_own and graph.onnxruntime is not None else graph
 
 
-def engine_session(bundle: Bundle, graph: GraphInfo, target: Target, settings: SessionSettings) -> Session:
+def engine_session(bundle: Bundle, graph: GraphInfo, target: Target, settings: SessionSettings) -> SlotSession:
     """Package, driver, fingerprint, digest: only then does TensorRT see the engine."""
     if settings.provider != "cpu":
         raise InputError("providers are ONNX Runtime's", got=settings.provider, fix=f"leave it out with {target}")

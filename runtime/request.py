@@ -29,7 +29,7 @@ class TokenEvent:
     token_id: int
     text: str
     finish_reason: FinishReason | None  # set on a prompt's last event
-    seconds: float  # since its batch began
+    seconds: float  # since its batch began, or since it left the queue of a scheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,11 @@ class Request:
         if self.is_done:
             return ()
         return (self.events[-1].token_id,) if self.events else self.prompt
+
+    @property
+    def most_fed(self) -> int:
+        """How many tokens the network may see of it at most: the last new one is never fed back."""
+        return len(self.prompt) + self._limits.max_new_tokens - 1
 
     @property
     def is_sampled(self) -> bool:

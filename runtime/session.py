@@ -74,3 +74,19 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Free the caches and the engine."""
+
+
+class SlotSession(Session, Protocol):
+    """A session whose slots may be rearranged while they hold K/V: what requests that come and go need."""
+
+    def cache_bytes(self, slots: int, capacity: int) -> int:
+        """What the K/V of so many slots take, with room for `capacity` entries each."""
+
+    def resize(self, slots: int, capacity: int) -> None:
+        """So many slots, new ones empty, each with room for `capacity` entries; those that stay keep theirs.
+
+        The old memory and the new lie side by side meanwhile. Without memory for it nothing changes.
+        """
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a slot's entries into another one, in place of what that held; the source is empty then."""

@@ -25,6 +25,24 @@ class Slots:
         """This many slots, all empty."""
         self.lengths = np.zeros(slots, np.int64)
 
+    def resize(self, slots: int) -> None:
+        """This many slots; those that stay keep their lengths, new ones are empty."""
+        kept = self.lengths[:slots]
+        self.lengths = np.zeros(slots, np.int64)
+        self.lengths[: len(kept)] = kept
+
+    def require_capacity(self, slots: int, capacity: int) -> None:
+        """Refuse a capacity below what a slot that stays holds."""
+        held = int(self.lengths[:slots].max(initial=0))
+        if capacity < held:
+            raise InputError("the slots hold more than that", got=f"capacity {capacity}", need=f"at least {held}")
+
+    def move(self, source: int, target: int) -> int:
+        """Give the target the source's length and empty the source; how many entries there are to copy."""
+        length = int(self.lengths[source])
+        self.lengths[source], self.lengths[target] = 0, length
+        return length
+
     def reset(self) -> None:
         """All slots empty."""
         self.lengths[:] = 0

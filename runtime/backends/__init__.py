@@ -8,7 +8,7 @@ from typing import cast
 
 from runtime.engines import Target
 from runtime.errors import InputError
-from runtime.session import Session, SessionSettings
+from runtime.session import SessionSettings, SlotSession
 from runtime.signature import Signature
 
 BACKENDS = {  # name -> "module:class", opened as class(graph, signature, settings)
@@ -17,9 +17,9 @@ BACKENDS = {  # name -> "module:class", opened as class(graph, signature, settin
 }
 
 
-def open_session(backend: str, graph: Path, signature: Signature, settings: SessionSettings) -> Session:
+def open_session(backend: str, graph: Path, signature: Signature, settings: SessionSettings) -> SlotSession:
     """Open a graph file on the named backend; the TensorRT ones (`Target`) take an engine instead."""
     if backend not in BACKENDS:
         raise InputError("no such backend", got=repr(backend), need=" or ".join(sorted([*BACKENDS, *Target])))
     module, name = BACKENDS[backend].split(":")
-    return cast(Session, getattr(import_module(module), name)(graph, signature, settings))
+    return cast(SlotSession, getattr(import_module(module), name)(graph, signature, settings))

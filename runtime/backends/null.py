@@ -34,6 +34,19 @@ class NullSession:
         """Start afresh with this many empty slots; adapters change nothing."""
         self._slots.allocate(slots)
 
+    def cache_bytes(self, slots: int, capacity: int) -> int:
+        """None: no K/V is kept."""
+        return 0
+
+    def resize(self, slots: int, capacity: int) -> None:
+        """So many slots; those that stay keep their lengths."""
+        self._slots.require_capacity(slots, capacity)
+        self._slots.resize(slots)
+
+    def move(self, source: int, target: int) -> None:
+        """Give a slot's length to another one."""
+        self._slots.move(source, target)
+
     def step(self, rows: Rows) -> StepResult:
         """Zeros [B, K, V] and, with a gate, zeros [B, S, G, E]."""
         self._slots.check(rows)

@@ -102,6 +102,23 @@ class OrtSession:
         self._slots.allocate(slots)
         self._caches.allocate(slots)
 
+    def cache_bytes(self, slots: int, capacity: int) -> int:
+        """What the K/V of so many slots take, with room for `capacity` entries each."""
+        return self._caches.nbytes(slots, capacity)
+
+    def resize(self, slots: int, capacity: int) -> None:
+        """So many slots of this capacity; those that stay keep their entries."""
+        self._slots.require_capacity(slots, capacity)
+        self._caches.resize(slots, capacity)
+        self._plans.clear()  # they point into the old memory
+        self._slots.resize(slots)
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a slot's entries into another one; the source is empty then."""
+        length = self._slots.move(source, target)
+        for group in self._caches.groups:
+            group.move(source, target, length)
+
     def step(self, rows: Rows) -> StepResult:
         """Run the graph on `rows` and append their K/V; all or nothing."""
         self._slots.check(rows)

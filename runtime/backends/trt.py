@@ -134,6 +134,25 @@ class TrtSession:
         self._slots.allocate(slots)
         self._caches.allocate(slots)
 
+    def cache_bytes(self, slots: int, capacity: int) -> int:
+        """What the K/V of so many slots take on the device, with room for `capacity` entries each."""
+        return self._caches.nbytes(slots, capacity)
+
+    def resize(self, slots: int, capacity: int) -> None:
+        """So many slots of at least this capacity; those that stay keep their entries, which never pass the host."""
+        self._slots.require_capacity(slots, capacity)
+        self._device.enter()
+        self._caches.resize(slots, capacity)
+        self._drop_plans()  # they point into the old memory
+        self._slots.resize(slots)
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a slot's entries into another one within the device; the source is empty then."""
+        self._device.enter()
+        length = self._slots.move(source, target)
+        for group in self._caches.groups:
+            group.move(self._device, source, target, length)
+
     def step(self, rows: Rows) -> StepResult:
         """Run the engine on `rows` and append their K/V; all or nothing."""
         self._slots.check(rows)

@@ -25,6 +25,8 @@ from runtime.generate import GenerateOptions, Routed, complete, generate
 from runtime.model import Model
 from runtime.model import load as load_bundle
 from runtime.replay import replay
+from runtime.scheduler import SchedulerOptions
+from runtime.serving import Serving
 from runtime.stacks import stack_bytes
 from tests.exporter.checkpoint_makers import edit_json, edit_tensors, load_model, write_lora
 from tests.exporter.hot_makers import NEW, PROMPTS, HotWorld, Mix, build_hot, greedy
@@ -184,6 +186,29 @@ def test_the_memory_of_a_generation_goes_with_its_last_request(world: HotWorld, 
     model.unload_adapter("code")
     assert answers(model, {"code": 1.0}, pinned) == expected(world, ("code", 1.0)), "who holds one may still run it"
     assert pool.current.stack.rank == 1, "an empty stack is one column of zeros"
+
+
+def test_requests_of_several_generations_are_served_in_turn(world: HotWorld, model: Model) -> None:
+    """Each answer is that of the adapters it was submitted under; answers that are kept keep no adapters."""
+    pool, prompts = pool_of(model), [Routed(prompt, mix={"math": 1.0}) for prompt in PROMPTS]
+    with Serving(model, SchedulerOptions(rows=2)) as serving:
+        answers = [serving.submit(prompt, OPTIONS) for prompt in prompts]
+        cancelled = [serving.submit(prompts[0], OPTIONS) for _ in range(3)]
+        model.replace_adapter("math", world.folders["wide"])
+        answers += [serving.submit(prompt, OPTIONS) for prompt in prompts]
+        for answer in cancelled:
+            answer.cancel()
+        model.replace_adapter("math", world.folders["small"])
+        answers += [serving.submit(prompt, OPTIONS) for prompt in prompts]
+        found = [answer.completion(60).token_ids for answer in answers]
+        for answer in cancelled:
+            assert list(answer) == [] or answer.ticket.is_ended
+    want = [*expected(world, ("math", 1.0)), *expected(world, ("wide", 1.0)), *expected(world, ("small", 1.0))]
+    assert found == want
+    gc.collect()
+    assert pool.live_bytes == pool.current.stack.nbytes
+    many = complete(model, [*prompts, *prompts], GenerateOptions(max_new_tokens=NEW, batch_size=2))
+    assert [each.token_ids for each in many] == expected(world, ("small", 1.0)) * 2
 
 
 def test_a_budget_counts_what_running_requests_hold(world: HotWorld) -> None:

@@ -51,6 +51,20 @@ def test_json_prints_one_object_a_prompt(bundle: Path, tmp_path: Path, capsys: p
     )
 
 
+def test_a_kv_budget_changes_no_answer(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", bundle, "-q", "--max-new-tokens", 6]
+    words += [word for n in range(5) for word in ("--prompt-ids", f"{n + 1},2")]
+    plain = run(*words, capsys=capsys)
+    with load(bundle) as model:
+        slot = model.session.cache_bytes(1, 64)
+    assert run(*words, "--kv-budget", 4 * slot, "--decode", "exact", capsys=capsys) == plain
+    assert run(*words, "--kv-budget", 4 * slot, "--stream", capsys=capsys) == plain
+    code, out, err = run(*words, "--kv-budget", slot, capsys=capsys)
+    assert (code, out) == (2, "")
+    assert "prompt 5: the request does not fit the K/V budget; got 7 tokens in 2 slots" in err
+    assert run(*words, "--kv-budget", slot, "--decode", "frozen", capsys=capsys)[0] == 2
+
+
 def test_streaming_prints_the_same_text(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["generate", bundle, "--prompt", "hello", "--prompt", "日", "--max-new-tokens", 30, "-q"]
     plain = run(*words, capsys=capsys)

@@ -184,6 +184,68 @@ def test_growth_keeps_every_entry(session: AnySession) -> None:
     assert seen == {GRAIN, 2 * GRAIN, 3 * GRAIN, last}  # the last growth stops at max_positions
 
 
+def test_slots_that_move_and_sizes_that_change_keep_every_entry(session: AnySession) -> None:
+    """More slots, longer ones, shorter ones, fewer: whatever stays goes on as if nothing had happened."""
+    rows = [(ids_for(12, seed), scalings_for(12, seed)) for seed in (1, 2)]
+    want = [reference(SHAPE, tiny_weights(SHAPE), ids, scale)[0] for ids, scale in rows]
+    session.allocate(2)
+    slots, at = [0, 1], 0
+
+    def go_on() -> None:
+        nonlocal at
+        for (ids, scale), slot, logits in zip(rows, slots, want, strict=True):
+            got = feed(session, [ids[at : at + 2]], [scale[at : at + 2]], slot).logits[0]
+            np.testing.assert_allclose(got, logits[at : at + 2], atol=TOLERANCE)
+        at += 2
+
+    go_on()
+    session.resize(5, 64)
+    go_on()
+    session.move(0, 4)
+    slots = [4, 1]
+    assert session.lengths.tolist() == [0, 4, 0, 0, 4]
+    go_on()
+    session.resize(6, 128)
+    go_on()
+    session.move(4, 0)
+    slots = [0, 1]
+    session.resize(2, 32)
+    go_on()
+    go_on()
+    assert session.lengths.tolist() == [12, 12]
+
+
+def test_a_slot_that_comes_into_use_again_is_empty(session: AnySession) -> None:
+    ids, scale = ids_for(9), scalings_for(9)
+    want = reference(SHAPE, tiny_weights(SHAPE), ids, scale)[0]
+    session.allocate(0)
+    session.resize(3, 64)
+    feed(session, [ids_for(30, 5), ids_for(30, 6)], [scalings_for(30, 5), scalings_for(30, 6)])
+    session.move(0, 1)
+    result = feed(session, [ids], [scale])
+    np.testing.assert_allclose(result.logits[0], want, atol=TOLERANCE)
+    assert session.lengths.tolist() == [9, 30, 0]
+
+
+def test_what_slots_hold_is_not_cut_off(session: AnySession) -> None:
+    session.allocate(1)
+    feed(session, [ids_for(9)], [scalings_for(9)])
+    with pytest.raises(InputError, match="the slots hold more than that; got capacity 8; need at least 9"):
+        session.resize(2, 8)
+    assert session.lengths.tolist() == [9]
+
+
+def test_cache_bytes_are_those_of_the_memory(session: AnySession) -> None:
+    session.allocate(0)
+    session.resize(3, 50)
+    groups: Any = session._caches.groups
+    if isinstance(session, OrtSession):
+        held = sum(group.memory.nbytes for group in groups)
+    else:
+        held = sum(session._device._blocks[group.address] for group in groups)
+    assert session.cache_bytes(3, 50) == held > 0
+
+
 def test_capacity_is_whole_grains_up_to_the_positions() -> None:
     assert [capacity_for(n, 1000) for n in (1, 57, 58, 64, 512)] == [64, 64, 128, 128, 576]
     assert capacity_for(999, 1000) == 1000

@@ -409,6 +409,45 @@ def on_host(trt: FakeTensorrt, group: DeviceGroup) -> np.ndarray:
     return trt.driver.view(group.address, group.block_bytes(group.capacity)).view(np.float16).reshape(shape)
 
 
+@pytest.mark.parametrize("number", range(10))
+def test_moves_and_other_sizes_equal_numpy(number: int, trt: FakeTensorrt) -> None:
+    count, slots, heads, dim = (int(n) for n in RANDOM.integers(1, 5, 4))
+    device = Device()
+    host, group = both_groups(device, count, slots, heads, dim)
+    for _ in range(4):
+        slots, capacity = int(RANDOM.integers(1, 6)), int(RANDOM.integers(1, 7))
+        block = device.allocate_zeroed(group.block_bytes(capacity, slots))
+        group.copy_to(device, block, capacity, slots)
+        group.address, group.capacity, group.slots = block, capacity, slots
+        host.memory = host.resized(slots, capacity)
+        device.synchronize()
+        np.testing.assert_array_equal(on_host(trt, group), host.memory)
+        fresh = RANDOM.standard_normal(host.memory.shape).astype(np.float16)
+        host.memory[:] = fresh
+        device.upload(fresh, block)
+        source, target = (int(slot) for slot in RANDOM.integers(0, slots, 2))
+        length = int(RANDOM.integers(0, capacity + 1))
+        host.move(source, target, length)
+        group.move(device, source, target, length)
+        device.synchronize()
+        np.testing.assert_array_equal(on_host(trt, group), host.memory)
+    device.close()
+
+
+def test_without_memory_for_other_slots_nothing_changes(trt: FakeTensorrt) -> None:
+    session = opened()
+    ids, scale = ids_for(20), scalings_for(20)
+    want = reference(SHAPE, WEIGHTS, ids, scale)[0]
+    feed(session, [ids[:10]], [scale[:10]])
+    trt.driver.fail("cuMemAlloc", 1)
+    with pytest.raises(MachineError, match="CUDA_ERROR_OUT_OF_MEMORY from cuMemAlloc"):
+        session.resize(5, 128)
+    assert (session.lengths.tolist(), session.capacity) == ([10, 0], GRAIN)
+    np.testing.assert_allclose(decode(session, ids, scale, 10), want[10:], atol=TOLERANCE)
+    session.close()
+    assert not trt.driver.leaks
+
+
 @pytest.mark.parametrize("number", range(25))
 def test_writes_growth_and_clearing_equal_numpy(number: int, trt: FakeTensorrt) -> None:
     count, slots, heads, dim = (int(n) for n in RANDOM.integers(1, 5, 4))
