@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from runtime import strict_json
 from runtime.bundle import read_manifest
 from runtime.errors import InputError
-from runtime.manifest import Manifest, is_expert_name
+from runtime.manifest import Manifest, OnnxRuntimeForm, is_expert_name
 from runtime.safe_files import path_problem
 from runtime.sealed_folder import MAX_MANIFEST_BYTES, manifest_bytes
+from runtime.signature import CacheStyle, in_style
 from tests.runtime.bundle_makers import artifacts_of, bundle_files, make_manifest
 
 Value = dict[str, Any]
@@ -153,6 +154,28 @@ def test_a_spoiled_field_is_named(spoil: Callable[[Value], None], text: str) -> 
     manifest = value()
     spoil(manifest)
     refusal(json.dumps(manifest).encode(), "E_MANIFEST", text)
+
+
+def with_form(style: CacheStyle, path: str) -> bytes:
+    """The dynamic graph with a form for ONNX Runtime, whose file is listed where it has its right name."""
+    files = bundle_files() | {"dynamic.ort.onnx": b"form"}
+    listed = make_manifest(artifacts_of(files))
+    form = OnnxRuntimeForm(path=path, opset=24, signature=in_style(listed.graphs[0].signature, style))
+    graphs = (listed.graphs[0].model_copy(update={"onnxruntime": form}), *listed.graphs[1:])
+    return manifest_bytes(listed.model_copy(update={"graphs": graphs}))
+
+
+def test_a_form_for_onnxruntime_is_listed_and_has_its_caches_in_place() -> None:
+    read = read_manifest(with_form(CacheStyle.ALIAS, "dynamic.ort.onnx"))
+    assert read.graphs[0].onnxruntime is not None
+    assert read.graphs[0].onnxruntime.signature.carries[0].style is CacheStyle.ALIAS
+    assert read.graphs[0].onnxruntime.signature.output("present_key_0") != read.graphs[0].signature.output(
+        "present_key_0"
+    )
+    other = "its form for ONNX Runtime has another signature"
+    refusal(with_form(CacheStyle.APPEND, "dynamic.ort.onnx"), "E_MANIFEST", other)
+    unlisted = "its form 'dynamic.onnx' is not a listed graph called dynamic.ort.onnx"
+    refusal(with_form(CacheStyle.ALIAS, "dynamic.onnx"), "E_MANIFEST", unlisted)
 
 
 def test_several_faults_are_reported_at_once_but_not_thousands() -> None:
