@@ -95,16 +95,17 @@ def traced_blocks(
 
     `names`: traced name of a parameter -> ours; `lie_upright`: ours of those that are stored as they are.
     """
-    opset, blocks = OPSETS[plan.emit], None
-    if isinstance(traced, TracedModel) and not traced.hot:
-        own = {name.removeprefix(f"{MODEL}."): ours for name, ours in names.items()}
-        blocks = find_blocks(traced.model, own, lambda name: (name in lie_upright, name in plan.changed))
-    if blocks is None or not isinstance(traced, TracedModel):
+    own = {name.removeprefix(f"{MODEL}."): ours for name, ours in names.items()}
+    blocks = find_blocks(traced.model, own, lambda name: (name in lie_upright, name in plan.changed))
+    opset = OPSETS[plan.emit]
+    if blocks is None:
         return trace(traced, plan.signature, opset), None
-    copies = InstantiateBlocksPass(blocks.copies(), plan.signature)
+    copies = blocks.copies()
+    few = of_blocks(plan.signature, copies)
+    if isinstance(traced, TracedModel):
+        traced.blocks, traced.hot = blocks.traced, [spec.name for spec in adapter_inputs(few)]
     with only_traced(blocks):
-        traced.blocks = blocks.traced
-        return trace(traced, of_blocks(plan.signature, blocks.traced), opset), copies
+        return trace(traced, few, opset), InstantiateBlocksPass(copies, plan.signature)
 
 
 def stored_weight(plan: GraphPlan, name: str, tensor: torch.Tensor) -> Weight:
