@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ def load_blank(base: BaseDescription, dtype: torch.dtype) -> BlankBase | None:
     Raises ExportError as `load_base` does, but for values, which nobody has seen.
     """
     tensors = stored_tensors(base)
-    if _is_converted(base, tensors):
+    if _is_converted(base, tensors) or _may_be_untied(base, tensors):
         return None
     blanks = {key: torch.empty(tensor.shape, dtype=torch.float32) for key, tensor in tensors.items()}
     model = _loaded(base, blanks)
@@ -88,14 +89,25 @@ def _is_converted(base: BaseDescription, tensors: Mapping[str, StoredTensor]) ->
     return bool(names - tensors.keys() and tensors.keys() - names)
 
 
+def _may_be_untied(base: BaseDescription, tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether the files hold both of two weights that are one by the config: transformers then compares the values."""
+    tied = getattr(_class(base), "_tied_weights_keys", None) or {}
+    is_stored = [all(any(re.search(name, key) for key in tensors) for name in pair) for pair in tied.items()]
+    return base.tied_embeddings and any(is_stored)
+
+
+def _class(base: BaseDescription) -> Any:
+    """The concrete class behind transformers' Auto class."""
+    known = model_class(base.task)._model_mapping[type(base.config)]
+    return known[0] if isinstance(known, tuple) else known
+
+
 def _loaded(base: BaseDescription, blanks: Mapping[str, torch.Tensor]) -> Any:
     """transformers' own loader on `blanks`: it takes tensors of the right dtype as they are, and ties what is tied."""
     from transformers import GenerationConfig
 
-    known = model_class(base.task)._model_mapping[type(base.config)]
-    known = known[0] if isinstance(known, tuple) else known
     with loading(base):
-        model, info = known.from_pretrained(
+        model, info = _class(base).from_pretrained(
             None, config=base.config, state_dict=dict(blanks), dtype=torch.float32, output_loading_info=True,
             **base.options,
         )  # fmt: skip

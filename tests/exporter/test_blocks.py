@@ -147,7 +147,7 @@ def require_same(ours: Bundle, whole: Bundle, experts: int) -> None:
 @pytest.mark.parametrize(
     ("family", "classes", "path"),
     [
-        ("bert", 0, "encoder.layer"),
+        pytest.param("bert", 0, "encoder.layer", marks=pytest.mark.long),
         pytest.param("xlm-roberta", 3, "roberta.encoder.layer", marks=pytest.mark.long),
         ("distilbert", 3, "distilbert.transformer.layer"),
         pytest.param("mpnet", 0, "encoder.layer", marks=pytest.mark.long),
@@ -167,17 +167,24 @@ def test_an_encoder_is_that_of_a_whole_trace(
     require_same(ours, whole, 2)
 
 
-@pytest.mark.parametrize("emit", [Emit.PORTABLE, pytest.param(Emit.MODERN, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("emit", "first", "targets"),
+    [
+        (Emit.PORTABLE, (0, 0), ()),
+        pytest.param(Emit.PORTABLE, (0, 1, 0), (0, 2), marks=pytest.mark.long),
+        pytest.param(Emit.MODERN, (0, 1, 0), (0, 2), marks=pytest.mark.long),
+    ],
+)
 def test_a_graph_with_adapters_as_inputs_is_that_of_a_whole_trace(
-    emit: Emit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    emit: Emit, first: tuple[int, ...], targets: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each block reads its own adapters and its own rows of scales; the second one has none on its MLP."""
-    base = write_lively_base(tmp_path / "base", num_hidden_layers=3)
-    targets = ("q_proj", "v_proj", "layers.0.mlp.down_proj", "layers.2.mlp.down_proj", "lm_head")
-    spec = replace(quick((), base), hot=HotSpec(8, 3, targets), verify=VerifyLevel.STRUCTURE, emit=emit)
+    """Each block reads its own adapters and its own rows of scales; the second of three has none on its MLP."""
+    base = write_lively_base(tmp_path / "base", num_hidden_layers=len(first))
+    allowed = ("q_proj", "v_proj", "lm_head", *(f"layers.{number}.mlp.down_proj" for number in targets))
+    spec = replace(quick((), base), hot=HotSpec(8, 3, allowed), verify=VerifyLevel.STRUCTURE, emit=emit)
     ours, found = built(spec, tmp_path / "ours", monkeypatch, whole=False)
     whole, _ = built(spec, tmp_path / "whole", monkeypatch, whole=True)
-    assert [None if blocks is None else blocks.first for blocks in found] == [(0, 1, 0)]
+    assert [None if blocks is None else blocks.first for blocks in found] == [first]
     require_same(ours, whole, 3)
 
 

@@ -1,0 +1,272 @@
+"""Builds that compare no numbers: the base is never loaded, its shards are copied, and the bundle is the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from exporter import parts
+from exporter.build_bundle import build, estimate_bytes
+from exporter.checkpoints import describe_base, load_base, load_blank
+from exporter.inputs import read_inputs
+from exporter.shards import kept_shards
+from exporter.spec import BuildSpec, DType, HotSpec
+from runtime.backends import open_session
+from runtime.bundle import Bundle, open_bundle
+from runtime.errors import InputError
+from runtime.manifest import Emit, Mode, VerifyLevel
+from runtime.replay import replay
+from runtime.session import SessionSettings
+from tests.exporter.checkpoint_makers import edit_tensors, write_base, write_dora, write_lora
+from tests.exporter.tiny_builds import DECODERS, named_sources, prompt, quick, write_gate, write_lively_base
+
+TORCH = {DType.FLOAT32: torch.float32, DType.FLOAT16: torch.float16, DType.BFLOAT16: torch.bfloat16}
+
+
+def write_shards(folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, **sizes: Any) -> Path:
+    """A lively base whose every tensor has this dtype, a shard for the first tensors and one for the others."""
+    write_lively_base(folder, family, **sizes)
+    whole = folder / "model.safetensors"
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(whole).items()}
+    whole.unlink()
+    names, index = sorted(tensors), {}
+    for number, some in enumerate((names[:5], names[5:]), 1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in some}, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(some, file)
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(text)
+    return folder
+
+
+def gated(folder: Path, base: Path, **settings: Any) -> BuildSpec:
+    """A layerwise gate over two experts."""
+    experts = {
+        "math": write_lora(folder / "math", base, ("q_proj", "k_proj", "down_proj"), 2, seed=1),
+        "code": write_lora(folder / "code", base, ("q_proj", "o_proj"), 3, seed=2),
+    }
+    blocks = json.loads((base / "config.json").read_text())["num_hidden_layers"]
+    gate = write_gate(folder / "xlora", base, experts, sites=4 * blocks)
+    return replace(quick(named_sources(experts), base), gate=gate, **settings)
+
+
+def unverified(spec: BuildSpec, out: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    """A build at the level `structure`, in which loading the base is an error."""
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "load_base", lambda *_: pytest.fail("the base was loaded"))
+        return build(replace(spec, out=out, verify=VerifyLevel.STRUCTURE))
+
+
+def digests(bundle: Bundle) -> dict[str, str]:
+    """Of graphs and weights."""
+    kinds = ("graph", "weights")
+    return {file.path: file.sha256 for kind in kinds for file in bundle.artifacts(kind)}
+
+
+BOTH: dict[str, Any] = {"modes": (Mode.DYNAMIC, Mode.STATIC), "mix": {"math": 0.7, "code": 0.3}}
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "settings"),
+    [
+        (torch.bfloat16, DType.BFLOAT16, {}),
+        pytest.param(torch.bfloat16, DType.BFLOAT16, BOTH, marks=pytest.mark.long),
+        pytest.param(torch.float16, DType.FLOAT16, BOTH, marks=pytest.mark.long),
+        pytest.param(torch.bfloat16, DType.FLOAT32, BOTH, marks=pytest.mark.long),
+        pytest.param(torch.float32, DType.BFLOAT16, BOTH, marks=pytest.mark.long),
+        pytest.param(torch.bfloat16, DType.BFLOAT16, {"emit": Emit.MODERN}, marks=pytest.mark.long),
+    ],
+)
+def test_an_unverified_bundle_is_that_of_a_verified_build(
+    stored: torch.dtype, dtype: DType, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Byte for byte: what is not compared at this level is nevertheless what would have passed."""
+    blocks = len(settings) + 1
+    base = write_shards(tmp_path / "base", dtype=stored, num_hidden_layers=blocks)
+    spec = gated(tmp_path, base, dtype=dtype, **settings)
+    blank = unverified(spec, tmp_path / "blank", monkeypatch)
+    loaded = build(replace(spec, out=tmp_path / "loaded"))
+    assert digests(blank) == digests(loaded)
+    assert blank.manifest.sources == loaded.manifest.sources
+    assert {report.level for report in blank.manifest.reports} == {VerifyLevel.STRUCTURE}
+    assert all(check.passed for report in loaded.manifest.reports for check in report.checks)
+    assert (blank.root / "weights" / "model-00002-of-00002.safetensors").exists() == (stored is TORCH[dtype])
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bundle]:
+    """A float16 base in two shards, and its bundle."""
+    folder = tmp_path_factory.mktemp("half")
+    base = write_shards(folder / "base", dtype=torch.float16)
+    with pytest.MonkeyPatch.context() as patch:
+        return base, unverified(gated(folder, base, dtype=DType.FLOAT16), folder / "out", patch)
+
+
+def test_shards_of_the_builds_dtype_are_in_the_bundle_byte_for_byte(half: tuple[Path, Bundle]) -> None:
+    """The graph points into them, also past a header that ends anywhere; nothing of them is stored twice."""
+    base, bundle = half
+    shards = sorted(base.glob("model-*.safetensors"))
+    for shard in shards:
+        assert (bundle.root / "weights" / shard.name).read_bytes() == shard.read_bytes()
+        sha = hashlib.sha256(shard.read_bytes()).hexdigest()
+        assert digests(bundle)[f"weights/{shard.name}"] == sha
+        assert [source.sha256 for source in bundle.manifest.sources if source.file == shard.name] == [sha]
+    copies = [f"weights/{shard.name}" for shard in shards]
+    assert sorted(digests(bundle)) == ["dynamic.onnx", "weights/adapters.safetensors", *copies]
+    open_bundle(bundle.root)  # hashes all of it anew
+    tensors = load_file(shards[0]) | load_file(shards[1])
+    graph = ir.load(bundle.root / "dynamic.onnx").graph
+    read = {name: value.const_value for name, value in graph.initializers.items() if name in tensors}
+    assert read.keys() == tensors.keys()
+    for name, value in read.items():
+        assert isinstance(value, ir.ExternalTensor)
+        assert value.tobytes() == tensors[name].view(torch.uint8).numpy().tobytes(), name
+
+
+def test_half_shards_run_and_their_experts_matter(half: tuple[Path, Bundle]) -> None:
+    """A CPU runs float16: the same tokens from mapped weights as from copies, other logits without the gate."""
+    _, bundle = half
+    graph, prompts = bundle.graph("dynamic"), [prompt(7, seed=1), prompt(12, seed=2)]
+    scalings = graph.signature.input("scalings")
+    assert scalings is not None
+    row = np.zeros(scalings.shape[2:], np.float32)
+    runs = []
+    for mapped in (True, False):
+        settings = SessionSettings(64, threads=1, mapped=mapped)
+        session = open_session("ort", bundle.root / graph.path, graph.signature, settings)
+        runs.append(replay(session, prompts, 4, row, is_gated=True))
+        plain = replay(session, prompts, 4, row, is_gated=False)
+        session.close()
+    for mapped_run, copied, without in zip(*runs, plain, strict=True):
+        assert mapped_run.tokens == copied.tokens
+        assert np.abs(mapped_run.logits - copied.logits).max() < 0.05
+        length = copied.prompt
+        assert np.abs(copied.logits[:length] - without.logits[:length]).max() > 0.5, "the experts change the answer"
+
+
+def keeps(base: Path, dtype: DType) -> list[str]:
+    return [path.name for path in kept_shards(describe_base(str(base)), TORCH[dtype]).files]
+
+
+def widen(tensors: dict[str, torch.Tensor]) -> None:
+    name = next(iter(tensors))
+    tensors[name] = tensors[name].float()
+
+
+def repeat_the_head(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+
+def test_which_shards_are_kept(tmp_path: Path) -> None:
+    """Those of the build's 16-bit dtype throughout; not one with a wider tensor, or both of two that are tied."""
+    base = write_shards(tmp_path / "base")
+    first, second = sorted(path.name for path in base.glob("model-*.safetensors"))
+    assert keeps(base, DType.BFLOAT16) == [first, second]
+    assert keeps(base, DType.FLOAT16) == keeps(base, DType.FLOAT32) == []
+    edit_tensors(base / first, widen)
+    assert keeps(base, DType.BFLOAT16) == [second]
+    tied = write_base(tmp_path / "tied", tie_word_embeddings=True, dtype="bfloat16")
+    assert keeps(tied, DType.BFLOAT16) == ["model.safetensors"]
+    edit_tensors(tied / "model.safetensors", repeat_the_head)
+    assert keeps(tied, DType.BFLOAT16) == []
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_blank_base_knows_where_its_weights_lie(family: str, tmp_path: Path) -> None:
+    """Names, shapes, ties, buffers and end tokens are those of the loaded model; the values are in the files."""
+    described = describe_base(str(write_lively_base(tmp_path / "base", family, dtype="bfloat16")))
+    blank, loaded = load_blank(described, torch.float16), load_base(described, torch.float32)
+    if family == "mixtral":
+        assert blank is None, "its block experts are stacked by the loader"
+        return
+    assert blank is not None
+    parameters = dict(blank.model.named_parameters())
+    assert {name: p.shape for name, p in parameters.items()} == {n: p.shape for n, p in loaded.named_parameters()}
+    assert {parameter.dtype for parameter in parameters.values()} == {torch.float16}
+    for name, values in loaded.named_parameters():
+        assert torch.equal(blank.read(name), values), name
+    for (name, mine), (_, theirs) in zip(blank.model.named_buffers(), loaded.named_buffers(), strict=True):
+        assert torch.equal(mine, theirs), name
+    assert blank.model.generation_config.eos_token_id == loaded.generation_config.eos_token_id
+
+
+def test_dora_norms_need_no_loaded_base(tmp_path: Path) -> None:
+    base = write_shards(tmp_path / "base")
+    sources = named_sources({"dora": write_dora(tmp_path / "dora", base, ("o_proj", "down_proj"))})
+    inputs = read_inputs(quick(sources, base))
+    blank = load_blank(inputs.base, torch.bfloat16)
+    for mine, theirs in zip(parts.load_parts(inputs, blank=blank).sites, parts.load_parts(inputs).sites, strict=True):
+        assert mine.out_scale is not None
+        assert torch.equal(mine.out_scale, theirs.out_scale)  # type: ignore[arg-type]
+
+
+@pytest.mark.long
+def test_what_dora_and_adapter_inputs_need_is_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_shards(tmp_path / "base")
+    sources = named_sources({"dora": write_dora(tmp_path / "dora", base, ("o_proj", "down_proj"))})
+    spec = replace(quick(sources, base), dtype=DType.BFLOAT16)
+    assert digests(unverified(spec, tmp_path / "a", monkeypatch)) == digests(build(replace(spec, out=tmp_path / "b")))
+    hot = replace(quick((), base), dtype=DType.BFLOAT16, hot=HotSpec(4, 2, ("q_proj",)))
+    bundle = unverified(hot, tmp_path / "hot", monkeypatch)
+    assert "weights/model-00001-of-00002.safetensors" in digests(bundle)
+    onnx.checker.check_model(str(bundle.root / "dynamic.onnx"))
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "value", "message"),
+    [
+        (torch.bfloat16, DType.BFLOAT16, float("nan"), r"is not finite.*undamaged base"),
+        pytest.param(
+            torch.bfloat16, DType.FLOAT32, float("inf"), r"is not finite.*undamaged base", marks=pytest.mark.long
+        ),
+        (torch.bfloat16, DType.FLOAT16, 1e5, r"leaves the range of float16.*9\.98e\+04.*--dtype bfloat16"),
+    ],
+)
+def test_values_that_no_graph_may_hold_are_refused(
+    stored: torch.dtype, dtype: DType, value: float, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though nobody loads the base; nothing is published."""
+    base = write_shards(tmp_path / "base", dtype=stored)
+
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"][3] = value
+
+    [shard] = [path for path in base.glob("model-*.safetensors") if "model.norm.weight" in load_file(path)]
+    edit_tensors(shard, damage)
+    lora = write_lora(tmp_path / "lora", write_base(tmp_path / "sound"))
+    spec = replace(quick(named_sources({"math": lora}), base), dtype=dtype)
+    with pytest.raises(InputError, match=rf"(?s)model.norm.weight.*{message}") as caught:
+        unverified(spec, tmp_path / "out", monkeypatch)
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out.stage*"))
+
+
+def test_a_shard_that_is_cut_off_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_shards(tmp_path / "base")
+    shard = base / "model-00002-of-00002.safetensors"
+    lora = write_lora(tmp_path / "lora", base)
+    shard.write_bytes(shard.read_bytes()[:-10])
+    spec = replace(quick(named_sources({"a": lora}), base), dtype=DType.BFLOAT16)
+    with pytest.raises(InputError, match="is not a sound safetensors file"):
+        unverified(spec, tmp_path / "out", monkeypatch)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unverified_build_asks_for_the_disk_it_needs(tmp_path: Path) -> None:
+    """No twin, no fp32: once the checkpoint, and once more for a static graph."""
+    base = write_shards(tmp_path / "base")
+    spec = gated(tmp_path, base, dtype=DType.BFLOAT16, verify=VerifyLevel.STRUCTURE, **BOTH)
+    size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    assert estimate_bytes(spec, read_inputs(spec)) == 2 * size + (64 << 20)
+    assert estimate_bytes(replace(spec, verify=None), read_inputs(spec)) > 7 * size
