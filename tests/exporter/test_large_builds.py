@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ from safetensors.torch import load_file, save_file
 from exporter import parts
 from exporter.build_bundle import build, estimate_bytes
 from exporter.checkpoints import describe_base, load_base, load_blank
+from exporter.errors import VerifyError
 from exporter.inputs import read_inputs
 from exporter.shards import kept_shards
 from exporter.spec import BuildSpec, DType, HotSpec
+from exporter.structure import require_structure
 from runtime.backends import open_session
 from runtime.bundle import Bundle, open_bundle
 from runtime.errors import InputError
@@ -28,6 +32,7 @@ from runtime.manifest import Emit, Mode, VerifyLevel
 from runtime.replay import replay
 from runtime.session import SessionSettings
 from tests.exporter.checkpoint_makers import edit_tensors, write_base, write_dora, write_lora
+from tests.exporter.mutations import copy_of, edit_graph
 from tests.exporter.tiny_builds import DECODERS, named_sources, prompt, quick, write_gate, write_lively_base
 
 TORCH = {DType.FLOAT32: torch.float32, DType.FLOAT16: torch.float16, DType.BFLOAT16: torch.bfloat16}
@@ -229,7 +234,13 @@ def test_what_dora_and_adapter_inputs_need_is_read_alone(tmp_path: Path, monkeyp
         pytest.param(
             torch.bfloat16, DType.FLOAT32, float("inf"), r"is not finite.*undamaged base", marks=pytest.mark.long
         ),
-        (torch.bfloat16, DType.FLOAT16, 1e5, r"leaves the range of float16.*9\.98e\+04.*--dtype bfloat16"),
+        pytest.param(
+            torch.bfloat16,
+            DType.FLOAT16,
+            1e5,
+            r"leaves the range of float16.*9\.98e\+04.*--dtype bfloat16",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_values_that_no_graph_may_hold_are_refused(
@@ -270,3 +281,63 @@ def test_an_unverified_build_asks_for_the_disk_it_needs(tmp_path: Path) -> None:
     size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     assert estimate_bytes(spec, read_inputs(spec)) == 2 * size + (64 << 20)
     assert estimate_bytes(replace(spec, verify=None), read_inputs(spec)) > 7 * size
+
+
+def test_a_graph_that_is_not_its_signature_is_refused(half: tuple[Path, Bundle], tmp_path: Path) -> None:
+    """Another name, order, dtype or size of an input or output; and a graph that onnx's checker refuses."""
+    _, bundle = half
+    root, info = copy_of(bundle.root, tmp_path / "copy"), bundle.graph("dynamic")
+    require_structure(root, info)
+    signature = info.signature
+    first, second, *others = signature.inputs
+    wrong = {
+        "input_ids": (replace(first, name="ids"), second, *others),
+        "position_ids": (second, first, *others),
+        "INT64": (replace(first, dtype="float32"), second, *others),
+        f"{len(signature.inputs)} inputs": (first, second, *others[:-1]),
+    }
+    for text, inputs in wrong.items():
+        changed = info.model_copy(update={"signature": replace(signature, inputs=tuple(inputs))})
+        with pytest.raises(VerifyError, match=rf"inputs are not those of its signature.*{text}"):
+            require_structure(root, changed)
+    logits = replace(signature.outputs[0], shape=(*signature.outputs[0].shape[:-1], 7))
+    changed = info.model_copy(update={"signature": replace(signature, outputs=(logits, *signature.outputs[1:]))})
+    with pytest.raises(VerifyError, match="outputs are not those"):
+        require_structure(root, changed)
+    edit_graph(root, lambda graph: graph.remove(next(iter(graph)), safe=False))
+    with pytest.raises(VerifyError, match="onnx refuses the graph"):
+        require_structure(root, info)
+
+
+def test_weights_that_are_mapped_are_not_copied_when_a_session_is_loaded(tmp_path: Path) -> None:
+    """Where ONNX Runtime leaves them as they are: half a graph's matrices in float32 would be copies."""
+    write = [sys.executable, "-c", LOADED, str(tmp_path)]
+    grown = int(subprocess.run(write, check=True, capture_output=True, text=True).stdout)
+    assert grown < MAPPED_BYTES // 8
+
+
+MAPPED_BYTES = 96 << 20
+LOADED = f"""
+import re, sys
+from pathlib import Path
+import onnx_ir as ir, onnxruntime as ort, torch
+from exporter.store import WeightStore, weight_from_tensor
+root = Path(sys.argv[1])
+(root / "source").mkdir()
+WeightStore(root / "source").write("model", [weight_from_tensor("w", torch.ones(4096, {MAPPED_BYTES // 8192}).half())])
+store = WeightStore(root)
+store.keep({{root / "source/weights/model.safetensors": ["w"]}})
+x = ir.Value(name="x", shape=ir.Shape(["B", {MAPPED_BYTES // 8192}]), type=ir.TensorType(ir.DataType.FLOAT16))
+w = ir.Value(name="w", const_value=store.external("w"), shape=ir.Shape([4096, {MAPPED_BYTES // 8192}]), type=x.type)
+turned = ir.node("Transpose", [w])
+product = ir.node("MatMul", [x, turned.outputs[0]])
+graph = ir.Graph([x], product.outputs, nodes=[turned, product], initializers=[w], opset_imports={{"": 18}}, name="g")
+ir.save(ir.Model(graph, ir_version=10), root / "g.onnx")
+options = ort.SessionOptions()
+options.add_session_config_entry("session.disable_prepacking", "1")
+anonymous = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+before = anonymous()
+off = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]
+session = ort.InferenceSession(root / "g.onnx", options, providers=["CPUExecutionProvider"], disabled_optimizers=off)
+print(anonymous() - before)
+"""
