@@ -136,6 +136,11 @@ def test_shards_of_the_builds_dtype_are_in_the_bundle_byte_for_byte(half: tuple[
     for name, value in read.items():
         assert isinstance(value, ir.ExternalTensor)
         assert value.tobytes() == tensors[name].view(torch.uint8).numpy().tobytes(), name
+    turned = [
+        use.node for name in tensors for use in graph.initializers[name].uses() if use.node.op_type == "Transpose"
+    ]
+    readers = {use.node.op_type for node in turned for use in node.outputs[0].uses()}
+    assert readers == {"MatMul"}, "joined with its update, a weight would be copied"
 
 
 def test_half_shards_run_and_their_experts_matter(half: tuple[Path, Bundle]) -> None:
