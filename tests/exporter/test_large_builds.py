@@ -25,6 +25,7 @@ from exporter.inputs import read_inputs
 from exporter.shards import kept_shards
 from exporter.spec import BuildSpec, DType, HotSpec
 from exporter.structure import require_structure
+from exporter.verify_sources import verify_against_sources
 from runtime.backends import open_session
 from runtime.bundle import Bundle, open_bundle
 from runtime.errors import InputError
@@ -106,6 +107,10 @@ def test_an_unverified_bundle_is_that_of_a_verified_build(
     assert {report.level for report in blank.manifest.reports} == {VerifyLevel.STRUCTURE}
     assert all(check.passed for report in loaded.manifest.reports for check in report.checks)
     assert (blank.root / "weights" / "model-00002-of-00002.safetensors").exists() == (stored is TORCH[dtype])
+    if settings:  # where there is memory for it, the proof can follow
+        proved = verify_against_sources(blank, spec)
+        assert proved.keys() == {graph.name for graph in blank.manifest.graphs}
+        assert all(check.passed for checks in proved.values() for check in checks)
 
 
 @pytest.fixture(scope="module")
