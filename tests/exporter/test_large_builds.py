@@ -22,6 +22,7 @@ from exporter.build_bundle import build, estimate_bytes
 from exporter.checkpoints import describe_base, load_base, load_blank
 from exporter.errors import VerifyError
 from exporter.inputs import read_inputs
+from exporter.model_facts import eos_token_ids
 from exporter.shards import kept_shards
 from exporter.spec import BuildSpec, DType, HotSpec
 from exporter.structure import require_structure
@@ -199,7 +200,9 @@ def test_which_shards_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", DECODERS)
 def test_a_blank_base_knows_where_its_weights_lie(family: str, tmp_path: Path) -> None:
     """Names, shapes, ties, buffers and end tokens are those of the loaded model; the values are in the files."""
-    described = describe_base(str(write_lively_base(tmp_path / "base", family, dtype="bfloat16")))
+    base = write_lively_base(tmp_path / "base", family, dtype="bfloat16")
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
+    described = describe_base(str(base))
     blank, loaded = load_blank(described, torch.float16), load_base(described, torch.float32)
     if family == "mixtral":
         assert blank is None, "its block experts are stacked by the loader"
@@ -212,7 +215,7 @@ def test_a_blank_base_knows_where_its_weights_lie(family: str, tmp_path: Path) -
         assert torch.equal(blank.read(name), values), name
     for (name, mine), (_, theirs) in zip(blank.model.named_buffers(), loaded.named_buffers(), strict=True):
         assert torch.equal(mine, theirs), name
-    assert blank.model.generation_config.eos_token_id == loaded.generation_config.eos_token_id
+    assert eos_token_ids(blank.model) == eos_token_ids(loaded) == (2, 5)
 
 
 def test_dora_norms_need_no_loaded_base(tmp_path: Path) -> None:
