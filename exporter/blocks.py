@@ -6,7 +6,7 @@ Blocks are of one kind when their modules, their parameters' shapes and what the
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +16,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from exporter.passes.instantiate_blocks import MARK_DOMAIN, MARKS, BlockCopies
-from runtime.signature import Signature, past_names
+from runtime.signature import Signature, present_names
 
-OWN = {"layer_idx", "number", "path", "training"}  # what tells blocks of one kind apart
+OWN = {"layer_idx", "name", "number", "path", "training"}  # what tells blocks of one kind apart
 PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
 
@@ -28,6 +28,7 @@ class Blocks:
 
     model: PreTrainedModel
     path: str  # of their list
+    named: str  # the same in our names: a classifier's backbone is wrapped while it is traced
     first: tuple[int, ...]  # per block
 
     @property
@@ -42,7 +43,7 @@ class Blocks:
             dict(zip(_numbers(blocks[first]), _numbers(block), strict=True))
             for first, block in zip(self.first, blocks, strict=True)
         ]
-        return BlockCopies(self.path, self.first, tuple(numbers))
+        return BlockCopies(self.named, self.first, tuple(numbers))
 
 
 def find_blocks(model: PreTrainedModel, names: Mapping[str, str], known_of: Callable[[str], Hashable]) -> Blocks | None:
@@ -62,6 +63,9 @@ def find_blocks(model: PreTrainedModel, names: Mapping[str, str], known_of: Call
     if not lists:
         return None
     path = min(lists, key=lambda name: (name.count("."), name))
+    named = _named(names, path)
+    if named is None:
+        return None
     holders: defaultdict[int, set[str]] = defaultdict(set)  # parameter -> the blocks that have it, "" for all else
     for name, parameter in model.named_parameters(remove_duplicate=False):
         holders[id(parameter)].add(name.removeprefix(f"{path}.").split(".")[0] if name.startswith(f"{path}.") else "")
@@ -72,7 +76,7 @@ def find_blocks(model: PreTrainedModel, names: Mapping[str, str], known_of: Call
         prefix = f"{path}.{number}."
         ours = [names[prefix + name] for name, _ in block.named_parameters(remove_duplicate=False)]
         is_shared = any(len(holders[id(parameter)]) > 1 for parameter in block.parameters())
-        is_apart = is_shared or not all(name.startswith(prefix) for name in ours)
+        is_apart = is_shared or not all(name.startswith(f"{named}.{number}.") for name in ours)
         kind = (
             number if is_apart else None,
             types[number] if types else None,
@@ -80,7 +84,7 @@ def find_blocks(model: PreTrainedModel, names: Mapping[str, str], known_of: Call
             tuple(map(known_of, ours)),
         )
         first.append(kinds.setdefault(kind, number))
-    return Blocks(model, path, tuple(first)) if len(kinds) < len(first) else None
+    return Blocks(model, path, named, tuple(first)) if len(kinds) < len(first) else None
 
 
 @contextmanager
@@ -109,13 +113,15 @@ def only_traced(blocks: Blocks) -> Iterator[None]:
         yield
 
 
-def of_blocks(signature: Signature, blocks: Collection[int]) -> Signature:
-    """The same with the caches of these blocks only."""
-    kept = {name for block in blocks for name in past_names(block)}
-    carries = tuple(carry for carry in signature.carries if carry.input in kept)
-    dropped = {name for carry in signature.carries if carry not in carries for name in (carry.input, carry.output)}
-    inputs = tuple(spec for spec in signature.inputs if spec.name not in dropped)
-    return Signature(inputs, tuple(spec for spec in signature.outputs if spec.name not in dropped), carries)
+def of_blocks(signature: Signature, copies: BlockCopies) -> Signature:
+    """The same with the caches and adapters of the traced blocks only."""
+    absent = set(range(len(copies.first))) - set(copies.first)
+    dropped = {name for block in absent for name in (*copies.inputs(block, signature), *present_names(block))}
+    return Signature(
+        tuple(spec for spec in signature.inputs if spec.name not in dropped),
+        tuple(spec for spec in signature.outputs if spec.name not in dropped),
+        tuple(carry for carry in signature.carries if carry.output not in dropped),
+    )
 
 
 class _Some(nn.ModuleList):
@@ -129,6 +135,16 @@ def _list(model: nn.Module, path: str) -> nn.ModuleList:
     modules = model.get_submodule(path)
     assert isinstance(modules, nn.ModuleList)
     return modules
+
+
+def _named(names: Mapping[str, str], path: str) -> str | None:
+    """What our names call the list at `path`; None where no parameter tells."""
+    first = f"{path}.0."
+    for name, ours in names.items():
+        rest = f".0.{name.removeprefix(first)}"
+        if name.startswith(first) and ours.endswith(rest):
+            return ours.removesuffix(rest)
+    return None
 
 
 def _shape(block: nn.Module) -> Hashable:

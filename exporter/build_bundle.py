@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+from exporter.checkpoints import load_blank
 from exporter.describe import describe
 from exporter.external_data import check_external_data
-from exporter.graph_exports import export_graphs, static_rows
+from exporter.graph_exports import export_graphs, open_store, static_rows
 from exporter.graphs import Exported
 from exporter.inputs import Inputs, default_out, read_inputs, require_apart
 from exporter.merges.merge import as_log, in_total, settled
@@ -31,7 +32,7 @@ from runtime.bundle import Bundle
 from runtime.encode_golden import ENCODED_PATH, EncodedCase, EncodedGolden
 from runtime.engines import Target
 from runtime.golden import GOLDEN_PATH, Golden, GoldenCase
-from runtime.manifest import Emit, Mode, VerifyReport
+from runtime.manifest import Emit, Mode, VerifyLevel, VerifyReport
 
 TWIN = "twin"  # the fp32 graphs of an fp16 or bf16 build, inside the stage until they are verified
 
@@ -56,12 +57,16 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
             root = staged.folder
             tokenizer = write_tokenizer(inputs.base, root)
             with clock.stage("load base"):
-                parts = load_parts(inputs, spec.gate_op, spec.hot)
-                if spec.dtype is DType.FLOAT16:
+                blank = load_blank(inputs.base, torch_dtype(spec)) if is_structure_only(spec) else None
+                parts = load_parts(inputs, spec.gate_op, spec.hot, blank)
+                if spec.dtype is DType.FLOAT16 and blank is None:
                     require_half_range(parts.model)
-            proof_root = root if spec.dtype is DType.FLOAT32 else root / TWIN
+            first = DType.FLOAT32 if blank is None else spec.dtype  # what no numbers are compared of needs no twin
+            proof_root = root if first is spec.dtype else root / TWIN
+            with clock.stage("copy shards", root):
+                store = open_store(parts, spec, first, proof_root)
             with clock.stage("trace and store", root):
-                proofs = export_graphs(parts, spec, DType.FLOAT32, proof_root)
+                proofs = export_graphs(parts, spec, first, store)
             check_operators(proofs, spec, clock)
             with clock.stage("verify"):
                 reports, golden = verify_graphs(parts, spec, proofs, proof_root, root)
@@ -74,7 +79,7 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
                 for note in notes:
                     clock.notes(note)
             graphs = proofs
-            if spec.dtype is not DType.FLOAT32:
+            if first is not spec.dtype:
                 with clock.stage(f"round to {spec.dtype}", root):
                     graphs = export_rounded(parts, spec, proofs, root)
                 check_operators(graphs, spec, clock)  # other dtypes, other rules
@@ -82,7 +87,8 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
                 clock.notes(note)
             write_golden(golden, root)
             with clock.stage("digest sources"):
-                manifest = describe(parts, spec, graphs, reports, tokenizer)
+                store = graphs[0].store
+                manifest = describe(parts, spec, graphs, reports, tokenizer, store.copied)
             check_external_data(root)
             with clock.stage("publish"):
                 log = {
@@ -91,16 +97,30 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
                     "peak_bytes": clock.memory.as_dict(),
                     "merges": merge_log(proofs),
                 }
-                return publish(staged, manifest, log)
+                return publish(staged, manifest, log, store.digests)
 
 
 def estimate_bytes(spec: BuildSpec, inputs: Inputs) -> int:
     """What the stage will hold at its fullest, roughly: stored weights, changed weights, the twin's."""
     stored = sum(path.stat().st_size for path in inputs.base.files)
-    written = 4 * sum(math.prod(shape) for shape in inputs.base.shapes.values())
-    base = max(stored, written)  # the graphs are fp32 (or have an fp32 twin), the files may be bf16
-    copies = 1 + len(static_variants(spec)) + (2 if spec.dtype is not DType.FLOAT32 else 0)
-    return base * copies + (64 << 20)
+    numbers = sum(math.prod(shape) for shape in inputs.base.shapes.values())
+    copies = 1 + len(static_variants(spec))
+    if is_structure_only(spec):
+        return max(stored, torch_dtype(spec).itemsize * numbers) * copies + (64 << 20)
+    base = max(stored, 4 * numbers)  # the graphs are fp32 (or have an fp32 twin), the files may be bf16
+    return base * (copies + (2 if spec.dtype is not DType.FLOAT32 else 0)) + (64 << 20)
+
+
+def is_structure_only(spec: BuildSpec) -> bool:
+    """Whether no number of a graph is computed, so that the base's weights need never be in memory."""
+    return spec.verify is VerifyLevel.STRUCTURE
+
+
+def torch_dtype(spec: BuildSpec) -> torch.dtype:
+    """The build's."""
+    dtype = getattr(torch, spec.dtype.value)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def added_weights_notes(graphs: Sequence[Exported]) -> Iterator[str]:
@@ -152,8 +172,8 @@ def idle_adapter_notes(reports: Sequence[VerifyReport], graphs: Sequence[Exporte
 
 def export_rounded(parts: Parts, spec: BuildSpec, proofs: Sequence[Exported], root: Path) -> list[Exported]:
     """The same graphs with weights rounded to fp16 or bf16, proved to be just that."""
-    round_model(parts.model, getattr(torch, spec.dtype.value))
-    graphs = export_graphs(parts, spec, spec.dtype, root, proofs[0].store)
+    round_model(parts.model, torch_dtype(spec))
+    graphs = export_graphs(parts, spec, spec.dtype, open_store(parts, spec, spec.dtype, root), proofs[0].store)
     for proof, rounded in zip(proofs, graphs, strict=True):
         require_rounded(proof, rounded)
     shutil.rmtree(root / TWIN)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 from exporter.checkpoints import source_files
+from exporter.file_copies import Digest
 from exporter.gate import gate_info
 from exporter.graphs import Exported
 from exporter.model_facts import base_info
@@ -23,8 +25,12 @@ def describe(
     graphs: Sequence[Exported],
     reports: Sequence[VerifyReport],
     tokenizer: TokenizerInfo | None,
+    copied: Mapping[Path, Digest],
 ) -> Manifest:
-    """The manifest, but for the files, which `publish` lists. Nothing in it depends on time or place."""
+    """The manifest, but for the files, which `publish` lists. Nothing in it depends on time or place.
+
+    `copied`: the sources that lie in the bundle byte for byte.
+    """
     adapters, base = parts.inputs.adapters, parts.inputs.base
     return Manifest(
         format_version=FORMAT_VERSION,
@@ -51,7 +57,7 @@ def describe(
         hot=parts.hot,
         tokenizer=tokenizer,
         artifacts=(),
-        sources=source_files(adapters, base),
+        sources=source_files(adapters, base, {path: digest.sha256 for path, digest in copied.items()}),
         reports=tuple(reports),
         versions={package: version_of(package) for package in VERSIONED},
     )

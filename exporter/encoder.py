@@ -115,13 +115,20 @@ def embeddings_of(model: PreTrainedModel) -> nn.Module:
 
 @contextmanager
 def traced_encoder(
-    model: PreTrainedModel, sites: Sequence[Site], gate: Gate | None, info: EncoderInfo, *, shared: bool = False
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    gate: Gate | None,
+    info: EncoderInfo,
+    *,
+    shared: bool = False,
+    joins: bool = True,
 ) -> Iterator[TracedEncoder]:
-    """The encoder with its sites gated; `shared`: all sites read the same scalings (G = 1)."""
+    """The encoder with its sites gated; `shared` (G = 1) and `joins` as in `traced_model`."""
     state = StepState()
     groups = grouped_by_input(model, sites)
     columns = Columns(groups, sites[0].weights.shape[0], shared=shared) if sites else None
-    modules = gated_modules({site.path: model.get_submodule(site.path) for site in sites}, groups, state)
+    bases = {site.path: model.get_submodule(site.path) for site in sites}
+    modules = gated_modules(bases, groups, state, joins=joins)
     observed = {}
     if info.pooling is None:
         observed = {model.base_model_prefix: ObservedBackbone(model.base_model, state)}

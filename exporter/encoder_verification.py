@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
 
 from exporter.prompts import SEED, TEXTS, random_prompts
 from exporter.reference import ReferenceResult
+from exporter.structure import require_structure
 from exporter.verification import Verification
 from exporter.verify import BATCH, EXTENTS, FLIP_MARGIN, Scenario, gate_difference, require_passed
 from runtime.encode_golden import NOISE_FACTOR, EncodedCase, encoded_case
@@ -106,7 +106,7 @@ class EncoderVerification(Verification):
 
     def run(self, root: Path, graph: GraphInfo) -> tuple[VerifyReport, Sequence[EncodedCase]]:
         """Check one graph that lies in `root`; raises VerifyError when a measure fails."""
-        onnx.checker.check_model(str(root / graph.path))
+        require_structure(root, graph)
         if self.level is VerifyLevel.STRUCTURE:
             return self._unverified(graph), []
         settings = SessionSettings(self.info.max_tokens, threads=self.spec.threads, mapped=self.is_large)

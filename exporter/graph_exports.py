@@ -17,6 +17,7 @@ from exporter.model_facts import signature_shape
 from exporter.parts import Parts
 from exporter.passes.pipeline import OPSETS
 from exporter.router_choice import settled_router
+from exporter.shards import kept_shards, lazy_weight
 from exporter.sites import Site
 from exporter.spec import BuildSpec, CacheChoice, DType, OpChoice, VariantSpec
 from exporter.static import (
@@ -28,7 +29,7 @@ from exporter.static import (
     touched_sites,
     untied,
 )
-from exporter.store import WeightStore
+from exporter.store import Weight, WeightStore
 from exporter.variants import has_row_per_site, static_variants
 from plugins.operators import GATE_SCALINGS, GATED_LOW_RANK
 from runtime.adapter_inputs import STACK_PATH, stack_specs
@@ -36,15 +37,26 @@ from runtime.manifest import Emit, GraphInfo, MergeInfo, MixInfo, Mode, OnnxRunt
 from runtime.signature import CacheStyle, Signature, in_style, signature_from_shape
 
 
+def open_store(parts: Parts, spec: BuildSpec, dtype: DType, root: Path) -> WeightStore:
+    """The store of the build's graphs in one dtype.
+
+    Where the build's dtype is the checkpoint's, shards are taken over as they are; its fp32 twin reads as upright.
+    """
+    root.mkdir(exist_ok=True)
+    shards = kept_shards(parts.inputs.base, getattr(torch, spec.dtype.value), parts.blank)
+    store = WeightStore(root, shards.names)
+    if dtype is spec.dtype:
+        store.keep(shards.files)
+    return store
+
+
 def export_graphs(
-    parts: Parts, spec: BuildSpec, dtype: DType, root: Path, twin: WeightStore | None = None
+    parts: Parts, spec: BuildSpec, dtype: DType, store: WeightStore, twin: WeightStore | None = None
 ) -> list[Exported]:
     """All graphs of the build in one dtype, in one store; dynamic first, for static ones point into its weights.
 
     `twin` is the store of the fp32 build that is being rounded.
     """
-    root.mkdir(exist_ok=True)
-    store = WeightStore(root)
     graphs = [export_dynamic(parts, spec, dtype, store)] if Mode.DYNAMIC in spec.modes else []
     graphs += [export_static(parts, spec, variant, dtype, store, twin) for variant in static_variants(spec)]
     return graphs
@@ -61,12 +73,26 @@ def export_dynamic(parts: Parts, spec: BuildSpec, dtype: DType, store: WeightSto
         stack = initial_stack(parts.hot, parts.inputs.adapters, dtype.value)
         store.write(Path(STACK_PATH).stem, stack_weights(stack, dtype.value))
     plan = GraphPlan(
-        "dynamic", signature, spec.emit, parts.sites, gate, spec.site_op, router, encoder=parts.inputs.encoder,
+        "dynamic",
+        signature,
+        spec.emit,
+        parts.sites,
+        gate,
+        spec.site_op,
+        router,
+        encoder=parts.inputs.encoder,
+        lazy=lazy_weights(parts, dtype),
         onnxruntime=onnxruntime_form("dynamic", signature, spec, dtype),
-    )  # fmt: skip
+    )
     return Exported(
         graph_info(plan, Mode.DYNAMIC, None, plugins_of(spec, gate)), export_graph(parts.model, plan, store), store
     )
+
+
+def lazy_weights(parts: Parts, dtype: DType) -> dict[str, Weight]:
+    """What the store writes of a model without values."""
+    stored = {} if parts.blank is None else parts.blank.stored
+    return {name: lazy_weight(name, tensor, getattr(torch, dtype.value)) for name, tensor in stored.items()}
 
 
 def signature_for(parts: Parts, spec: BuildSpec, dtype: DType, scalings: int, *, has_router: bool = False) -> Signature:
@@ -92,14 +118,22 @@ def export_static(
     torch_dtype = getattr(torch, dtype.value)
     measures: dict[str, SiteMerge] = {}
     new = replacements_of(experts, variant.mix.weights)
-    changed = folded_weights(model, sites, rows, name, merge, measures) | replaced_weights(model, new, name)
+    values = None if parts.blank is None else parts.blank.read
+    changed = folded_weights(model, sites, rows, name, merge, measures, values)
+    changed |= replaced_weights(model, new, name, values)
     if twin:
         changed = rounded_weights(twin, torch_dtype, name)
     with untied(model, sites, [weight for weight in new if new[weight].rows is None]) as partners:
         plan = GraphPlan(
-            name, signature, spec.emit, changed=changed, partners=partners, encoder=parts.inputs.encoder,
+            name,
+            signature,
+            spec.emit,
+            changed=changed,
+            partners=partners,
+            encoder=parts.inputs.encoder,
+            lazy=lazy_weights(parts, dtype),
             onnxruntime=onnxruntime_form(name, signature, spec, dtype),
-        )  # fmt: skip
+        )
         info = static_info(graph_info(plan, Mode.STATIC, None), variant.mix, merge)
         return Exported(info, export_graph(model, plan, store), store, in_site_order(sites, measures))
 

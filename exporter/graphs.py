@@ -46,6 +46,7 @@ class GraphPlan:
     router: RouterInfo | None = None
     changed: Mapping[str, Weight] = field(default_factory=dict)
     partners: Mapping[str, str] = field(default_factory=dict)
+    lazy: Mapping[str, Weight] = field(default_factory=dict)  # parameter -> its values, where the model has none
     encoder: EncoderInfo | None = None  # None: a decoder
     onnxruntime: OnnxRuntimeForm | None = None  # where the graph has such a form, too
 
@@ -66,12 +67,12 @@ def export_graph(model: PreTrainedModel, plan: GraphPlan, store: WeightStore) ->
     Beside it goes the form for ONNX Runtime, where the plan has one. The graph itself is returned.
     """
     base_names = {id(parameter): name for name, parameter in model.named_parameters()}
-    with refusing_untraceable(model, f"graph {plan.name}"), traced_as(model, plan) as traced:
+    with refusing_untraceable(model, f"graph {plan.name}"), traced_as(model, plan, store) as traced:
         weights = named_weights(base_names, traced)
-        tensors = {name: weight_from_tensor(plan.partners.get(name, name), tensor) for name, tensor in weights.values()}
+        tensors = {name: stored_weight(plan, name, tensor) for name, tensor in weights.values()}
         tensors |= {name: weight for name, weight in plan.changed.items() if name in tensors}
         names = {traced_name: name for traced_name, (name, _) in weights.items()}
-        lie_upright = {name for name, weight in tensors.items() if weight.name in store.stored}
+        lie_upright = {name for name, weight in tensors.items() if store.lies_upright(weight.name)}
         graph, blocks = traced_blocks(traced, plan, names, lie_upright)
     transposes = {name: f"{name}{TRANSPOSED}" for name in tensors if name not in lie_upright}
     clean_trace(graph, names, transposes, blocks)
@@ -106,25 +107,36 @@ def traced_blocks(
 
     `names`: traced name of a parameter -> ours; `lie_upright`: ours of those that are stored as they are.
     """
-    opset, blocks = OPSETS[Emit.PORTABLE], None
+    own = {name.removeprefix(f"{MODEL}."): ours for name, ours in names.items()}
+    blocks = find_blocks(traced.model, own, lambda name: (name in lie_upright, name in plan.changed))
+    opset = OPSETS[Emit.PORTABLE]
     signature = in_style(plan.signature, CacheStyle.APPEND)  # attention gives new K/V; its lowering says where they go
-    if isinstance(traced, TracedModel) and not traced.hot:
-        own = {name.removeprefix(f"{MODEL}."): ours for name, ours in names.items()}
-        blocks = find_blocks(traced.model, own, lambda name: (name in lie_upright, name in plan.changed))
-    if blocks is None or not isinstance(traced, TracedModel):
+    if blocks is None:
         return trace(traced, signature, opset), None
-    copies = InstantiateBlocksPass(blocks.copies(), signature)
+    copies = blocks.copies()
+    few = of_blocks(signature, copies)
+    if isinstance(traced, TracedModel):
+        traced.blocks, traced.hot = blocks.traced, [spec.name for spec in adapter_inputs(few)]
     with only_traced(blocks):
-        traced.blocks = blocks.traced
-        return trace(traced, of_blocks(signature, blocks.traced), opset), copies
+        return trace(traced, few, opset), InstantiateBlocksPass(copies, signature)
+
+
+def stored_weight(plan: GraphPlan, name: str, tensor: torch.Tensor) -> Weight:
+    """What the store is to hold of a weight that no graph changes; of a tied one under the name of both."""
+    shared = plan.partners.get(name, name)
+    return plan.lazy.get(shared) or weight_from_tensor(shared, tensor)
 
 
 def traced_as(
-    model: PreTrainedModel, plan: GraphPlan
+    model: PreTrainedModel, plan: GraphPlan, store: WeightStore
 ) -> AbstractContextManager[TracedModel] | AbstractContextManager[TracedEncoder]:
-    """The model as this plan wants it traced: a decoder's step, or an encoder's whole texts."""
+    """The model as this plan wants it traced: a decoder's step, or an encoder's whole texts.
+
+    Weights that lie upright are read where they lie: to join one with its update would be a copy.
+    """
+    joins = not store.upright
     if plan.encoder is not None:
-        return traced_encoder(model, plan.sites, plan.gate, plan.encoder, shared=is_shared(plan))
+        return traced_encoder(model, plan.sites, plan.gate, plan.encoder, shared=is_shared(plan), joins=joins)
     return traced_model(
         model,
         plan.sites,
@@ -134,6 +146,7 @@ def traced_as(
         with_plugin=plan.site_op is OpChoice.PLUGIN,
         router=plan.router,
         hot=[spec.name for spec in adapter_inputs(plan.signature)],
+        joins=joins,
     )
 
 

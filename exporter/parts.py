@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from exporter.checkpoints import load_base
+from exporter.checkpoints import BlankBase, load_base
 from exporter.encoder import signature_of
 from exporter.encoder_reference import EncoderReference
 from exporter.encoder_verification import EncoderVerification
@@ -39,19 +39,26 @@ class Parts:
     sites: tuple[Site, ...]
     gate: Gate | None
     hot: HotInfo | None = None  # where adapters are inputs: their layout
+    blank: BlankBase | None = None  # the model without values, for builds that compare no numbers
 
 
-def load_parts(inputs: Inputs, gate_op: OpChoice = OpChoice.OPS, hot: HotSpec | None = None) -> Parts:
-    """The base in fp32, the sites and the gate."""
-    model = load_base(inputs.base, torch.float32)
+def load_parts(
+    inputs: Inputs, gate_op: OpChoice = OpChoice.OPS, hot: HotSpec | None = None, blank: BlankBase | None = None
+) -> Parts:
+    """The base in fp32, or the `blank` one; the sites and the gate."""
+    model = load_base(inputs.base, torch.float32) if blank is None else blank.model
     kinds = module_kinds(inputs.base, model)
     gate = inputs.adapters.gate
-    sites, experts, layout = stack(inputs.adapters, kinds, model), len(inputs.adapters.experts), None
+    sites, experts, layout = (
+        stack(inputs.adapters, kinds, model, None if blank is None else blank.read),
+        len(inputs.adapters.experts),
+        None,
+    )
     if hot is not None:
         assert inputs.allowed is not None
         sites = with_allowed_sites(sites, inputs.allowed, kinds, inputs.base, experts)
         layout = hot_info(hot, model, sites, experts)
-    return Parts(inputs, model, kinds, sites, None if gate is None else GATES[gate_op](gate, experts), layout)
+    return Parts(inputs, model, kinds, sites, None if gate is None else GATES[gate_op](gate, experts), layout, blank)
 
 
 def make_verification(parts: Parts, spec: BuildSpec, tokenizer: Text | None) -> Verification:

@@ -22,6 +22,7 @@ from typing import Generic, TypeVar
 from filelock import BaseFileLock, FileLock, Timeout
 
 from exporter.errors import ExportError
+from exporter.file_copies import Digest
 from runtime import strict_json
 from runtime.bundle import Bundle, open_bundle
 from runtime.errors import MachineError, UserError
@@ -35,7 +36,7 @@ from runtime.manifest import (
     Listing,
     Manifest,
 )
-from runtime.safe_files import Tree, folders_of, path_problem
+from runtime.safe_files import FileId, Tree, folders_of, path_problem
 from runtime.sealed_folder import MAX_MANIFEST_BYTES, manifest_bytes, seal_bytes
 
 logger = logging.getLogger(__name__)
@@ -101,22 +102,32 @@ def stage(
                 _remove(folder)
 
 
-def publish(stage: Stage, manifest: Manifest, build_log: Mapping[str, object] | None = None) -> Bundle:
+def publish(
+    stage: Stage,
+    manifest: Manifest,
+    build_log: Mapping[str, object] | None = None,
+    digests: Mapping[str, Digest] | None = None,
+) -> Bundle:
     """Publish a bundle; see `publish_sealed`."""
-    return publish_sealed(stage, manifest, BUNDLE_LAYOUT, build_log)
+    return publish_sealed(stage, manifest, BUNDLE_LAYOUT, build_log, digests)
 
 
 def publish_sealed(
-    stage: Stage, manifest: Listing, layout: Layout[F], build_log: Mapping[str, object] | None = None
+    stage: Stage,
+    manifest: Listing,
+    layout: Layout[F],
+    build_log: Mapping[str, object] | None = None,
+    digests: Mapping[str, Digest] | None = None,
 ) -> F:
     """List, hash and seal what the stage holds and rename it onto the target; the opened folder is returned.
 
+    `digests`: of files that were hashed as they were written; those that have not changed since are not read again.
     `manifest.artifacts` is replaced by what lies in the stage. Order: every file to disk, manifest last, every folder
     to disk, one rename, the parent folder to disk.
     """
     with _disk_errors(stage.out):
         with Tree.open(stage.folder) as tree:
-            artifacts = _artifacts(tree, layout)
+            artifacts = _artifacts(tree, layout, digests or {})
         data = manifest_bytes(manifest.model_copy(update={"artifacts": artifacts}))
         if build_log is not None:
             _write(stage.folder / BUILD_LOG_NAME, _log_bytes(build_log))
@@ -240,19 +251,23 @@ def _disk_errors(out: Path) -> Iterator[None]:
 # --- the stage ---
 
 
-def _artifacts(tree: Tree, layout: Layout[F]) -> tuple[ListedFile, ...]:
+def _artifacts(tree: Tree, layout: Layout[F], known: Mapping[str, Digest]) -> tuple[ListedFile, ...]:
     """Every file of the stage by path, on disk and hashed, several at a time; the reader refuses links."""
     paths = sorted(tree.walk().files)
     kinds = [layout.kind_of(path) for path in paths]
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(lambda path: _settle(tree, path), paths))
+        digests = list(pool.map(lambda path: _settle(tree, path, known.get(path)), paths))
     pairs = zip(paths, kinds, digests, strict=True)
     return tuple(layout.listed(kind=kind, path=path, size=size, sha256=sha) for path, kind, (sha, size) in pairs)
 
 
-def _settle(tree: Tree, path: str) -> tuple[str, int]:
-    """Put one file on disk, then hash what is there."""
+def _settle(tree: Tree, path: str, known: Digest | None) -> tuple[str, int]:
+    """Put one file on disk, then hash what is there, if it is not still what was hashed."""
     _sync(tree.root / path)
+    if known is not None:
+        with tree.regular(path) as (_, info):
+            if FileId.from_stat(info) == known.identity:
+                return known.sha256, info.st_size
     digest, identity = tree.digest(path)
     return digest, identity.size
 

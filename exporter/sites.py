@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -46,12 +46,16 @@ class Site:
 
 
 def stack(
-    adapters: AdapterSet, module_kinds: Sequence[tuple[str, SiteKind]], model: nn.Module | None = None
+    adapters: AdapterSet,
+    module_kinds: Sequence[tuple[str, SiteKind]],
+    model: nn.Module | None = None,
+    values: Callable[[str], torch.Tensor] | None = None,
 ) -> tuple[Site, ...]:
     """Make the sites, in module-tree order of the union of the experts' targets (PEFT's `layer_number` order).
 
-    DoRA needs the base `model`, in fp32.
+    DoRA needs the base in fp32: the `model`, or the `values` of a parameter by its name.
     """
+    read = values or (None if model is None else model.get_parameter)
     factor = adapters.gate.global_scaling_weight if adapters.gate else 1.0
     touched = {path for expert in adapters.experts for path in expert.deltas}
     ordered = [(path, kind) for path, kind in module_kinds if path in touched]
@@ -61,11 +65,16 @@ def stack(
             got=", ".join(sorted(missing)[:5]),
             fix="use the base model the experts were trained on",
         )
-    return tuple(_stack_site(adapters, path, kind, i, factor, model) for i, (path, kind) in enumerate(ordered))
+    return tuple(_stack_site(adapters, path, kind, i, factor, read) for i, (path, kind) in enumerate(ordered))
 
 
 def _stack_site(
-    adapters: AdapterSet, path: str, kind: SiteKind, index: int, factor: float, model: nn.Module | None
+    adapters: AdapterSet,
+    path: str,
+    kind: SiteKind,
+    index: int,
+    factor: float,
+    read: Callable[[str], torch.Tensor] | None,
 ) -> Site:
     parts = [
         (e, expert.name, expert.deltas[path]) for e, expert in enumerate(adapters.experts) if path in expert.deltas
@@ -79,8 +88,8 @@ def _stack_site(
     doras = [(e, delta) for e, _, delta in parts if delta.magnitude is not None]
     out_scale = None
     if doras:
-        assert model is not None
-        base = model.get_parameter(f"{path}.weight")
+        assert read is not None
+        base = read(f"{path}.weight")
         out_scale = torch.stack([_out_scale(path, base, kind, delta) for _, delta in doras])
     return Site(
         path,

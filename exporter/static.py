@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -17,6 +17,8 @@ from exporter.sites import Site, SiteKind, is_transposed
 from exporter.store import Weight, WeightStore
 from runtime.manifest import MergeInfo, MixInfo
 from runtime.mix_file import scalings_from_file
+
+Values = Callable[[str], torch.Tensor]  # of a parameter, by its name
 
 
 def mix_rows(mix: MixInfo, experts: Sequence[str], sites: Sequence[str]) -> torch.Tensor:
@@ -46,11 +48,14 @@ def folded_weights(
     graph: str = "static",
     merge: MergeInfo | None = None,
     measures: dict[str, SiteMerge] | None = None,
+    values: Values | None = None,
 ) -> dict[str, Weight]:
     """Parameter -> what stands in its place, computed when the store writes it, under the name <graph>/<parameter>.
 
     Measuring is part of folding, since a merge of a large module is dear: `measures` fills as the store writes.
+    `values`: the base's, in fp32, where the model has none.
     """
+    read = values or model.get_parameter
 
     def fold(base: torch.Tensor, site: Site) -> torch.Tensor:
         row = row_of(rows, site)
@@ -61,7 +66,7 @@ def folded_weights(
 
     def weight(name: str, site: Site) -> Weight:
         base = model.get_parameter(name)
-        return Weight(f"{graph}/{name}", base.dtype, tuple(base.shape), lambda: fold(base, site))
+        return Weight(f"{graph}/{name}", base.dtype, tuple(base.shape), lambda: fold(read(name), site).to(base.dtype))
 
     return {name: weight(name, site) for site in sites for name in [f"{site.path}.weight"]}
 
@@ -82,12 +87,17 @@ def replacements_of(experts: Sequence[Expert], mix: Mapping[str, float]) -> dict
     return {name: new for expert in used for name, new in expert.replacements.items()}
 
 
-def replaced_weights(model: nn.Module, replacements: Mapping[str, Replacement], graph: str) -> dict[str, Weight]:
-    """Parameter -> the weight that replaces it."""
+def replaced_weights(
+    model: nn.Module, replacements: Mapping[str, Replacement], graph: str, values: Values | None = None
+) -> dict[str, Weight]:
+    """Parameter -> the weight that replaces it; `values` as in `folded_weights`."""
+    read = values or model.get_parameter
 
     def weight(name: str, new: Replacement) -> Weight:
         base = model.get_parameter(name)
-        return Weight(f"{graph}/{name}", base.dtype, tuple(base.shape), lambda: replaced_weight(base, new))
+        return Weight(
+            f"{graph}/{name}", base.dtype, tuple(base.shape), lambda: replaced_weight(read(name), new).to(base.dtype)
+        )
 
     return {name: weight(name, new) for name, new in replacements.items()}
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -12,6 +15,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import torch
+
+from exporter.checkpoints.weights_file import FLOAT_DTYPES, WeightsFile, is_finite, open_weights
+from exporter.errors import ExportError
+from exporter.file_copies import Digest, copy_file
+from runtime.safe_files import FileId
 
 FOLDER = "weights"
 # Ends the name of a matrix (or stack of matrices) that lies transposed, [.., in, out]: that is how products read it.
@@ -77,11 +85,37 @@ class Stored:
 
 
 class WeightStore:
-    """Tensors by name, each stored once, under `root`/weights."""
+    """Tensors by name, each stored once, under `root`/weights.
 
-    def __init__(self, root: Path) -> None:
+    `upright`: tensors that are to lie the way round they have, whoever reads them transposed.
+    """
+
+    def __init__(self, root: Path, upright: Collection[str] = ()) -> None:
         self.root = root
+        self.upright = frozenset(upright)
         self.stored: dict[str, Stored] = {}
+        self.digests: dict[str, Digest] = {}  # of the files, by their path under the root
+        self.copied: dict[Path, Digest] = {}  # of the files that were taken over, by where they lay
+
+    def lies_upright(self, name: str) -> bool:
+        """Whether graphs have to read a tensor as it is, not its transpose."""
+        return name in self.stored or name in self.upright
+
+    def keep(self, shards: Mapping[Path, Collection[str]]) -> None:
+        """Take safetensors files over as they are, byte for byte; the graphs may read these tensors of them.
+
+        Raises ExportError for NaN and infinities in them, and where a file is no longer what was described.
+        """
+        (self.root / FOLDER).mkdir(exist_ok=True)
+        targets = {source: self._fresh(source.stem) for source in shards}
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:  # hashlib frees the GIL
+            digests = list(pool.map(copy_file, targets, targets.values()))
+        for (source, target), digest in zip(targets.items(), digests, strict=True):
+            path = target.relative_to(self.root).as_posix()
+            self.digests[path] = self.copied[source] = digest
+            with open_weights(target) as file:
+                for name in shards[source]:
+                    self.stored[name] = _stored(file, path, name)
 
     def write(self, file: str, weights: Iterable[Weight]) -> None:
         """Write those of `weights` the store does not hold yet into weights/`file`.safetensors, sorted by name.
@@ -94,13 +128,19 @@ class WeightStore:
         path = self._fresh(file)
         path.parent.mkdir(exist_ok=True)
         header = _header(new)
+        relative, sha = path.relative_to(self.root).as_posix(), hashlib.sha256()
         with path.open("wb") as out:
-            out.write(header)
+
+            def write(data: bytes | memoryview) -> None:
+                out.write(data)
+                sha.update(data)
+
+            write(header)
             for weight in new:
-                self.stored[weight.name] = Stored(
-                    path.relative_to(self.root).as_posix(), out.tell(), weight.size, weight.dtype, weight.shape
-                )
-                _write_tensor(out.write, weight)
+                self.stored[weight.name] = Stored(relative, out.tell(), weight.size, weight.dtype, weight.shape)
+                _write_tensor(write, weight)
+            out.flush()
+            self.digests[relative] = Digest(sha.hexdigest(), FileId.from_stat(os.fstat(out.fileno())))
 
     def _fresh(self, file: str) -> Path:
         """A name that no file has, letter case aside."""
@@ -135,6 +175,16 @@ class WeightStore:
             name=name,
             base_dir=self.root,
         )
+
+
+def _stored(file: WeightsFile, path: str, name: str) -> Stored:
+    """Where a tensor of a file that was taken over lies, its values looked at once."""
+    entry = file.entries.get(name)
+    if entry is None or entry.dtype not in FLOAT_DTYPES:
+        raise ExportError(f"weight {name} is gone", where=path, fix="leave the base alone while it is built from")
+    if not is_finite(file.read(name)):
+        raise ExportError(f"weight {name} is not finite", where=path, fix="use an undamaged base", code="E_VALUE")
+    return Stored(path, entry.start, entry.stop - entry.start, FLOAT_DTYPES[entry.dtype], entry.shape)
 
 
 def _header(weights: list[Weight]) -> bytes:

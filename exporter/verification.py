@@ -9,7 +9,6 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from exporter.adapters import AdapterSet
@@ -21,6 +20,7 @@ from exporter.reference import Reference, ReferenceResult
 from exporter.routed_reference import RoutedReference
 from exporter.router_ties import router_ties
 from exporter.spec import BuildSpec, DType
+from exporter.structure import require_structure
 from exporter.variants import row_variants
 from exporter.verify import (
     EXTENTS,
@@ -86,7 +86,7 @@ class Verification:
 
     def run(self, root: Path, graph: GraphInfo) -> tuple[VerifyReport, Sequence[GoldenCase | EncodedCase]]:
         """Check one graph that lies in `root`; raises VerifyError when a measure fails."""
-        onnx.checker.check_model(str(root / graph.path))
+        require_structure(root, graph)
         if self.level is VerifyLevel.STRUCTURE:
             return self._unverified(graph), []
         extent = self._extent()

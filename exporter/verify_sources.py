@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from exporter.checkpoints import compare_sources, source_files
 from exporter.errors import VerifyError
-from exporter.graph_exports import export_graphs
+from exporter.graph_exports import export_graphs, open_store
 from exporter.graphs import Exported
 from exporter.hot_build import initial_stack
 from exporter.inputs import read_inputs
@@ -43,7 +43,7 @@ def verify_against_sources(bundle: Bundle, sources: BuildSpec) -> dict[str, tupl
         return _measure(parts, spec, bundle.root, bundle, bundle.manifest.graphs)
     with tempfile.TemporaryDirectory(prefix="xlora-twin-") as folder:
         root = Path(folder)
-        twins = export_graphs(parts, spec, DType.FLOAT32, root)
+        twins = export_graphs(parts, spec, DType.FLOAT32, open_store(parts, spec, DType.FLOAT32, root))
         for twin in twins:
             published = ir.load(bundle.file(twin.info.path))
             require_rounded(twin, Exported(twin.info, published, WeightStore(bundle.root)))

@@ -1,6 +1,7 @@
 """Write an X-LoRA checkpoint of any size with random weights, shard by shard: for memory and speed measurements.
 
 python scripts/make_large.py DIR --hidden 2048 --blocks 16 --intermediate 8192
+python scripts/make_large.py DIR --like mistral-7b     # 14.5 GB of bfloat16 shards and 0.9 GB of experts
 """
 
 from __future__ import annotations
@@ -12,16 +13,25 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig}
+# Settings of a whole shape; what the command line says besides comes first.
+LIKE = {
+    "mistral-7b": {
+        "family": "mistral", "hidden": 4096, "blocks": 32, "intermediate": 14336, "heads": 32, "kv_heads": 8,
+        "vocab": 32000, "positions": 32768, "experts": 9, "rank": 16, "dtype": "bfloat16",
+        "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"],
+    },
+}  # fmt: skip
 
 
 def main() -> None:
     """Base, experts and gate under one folder: base/, experts/eN/, xlora/."""
-    args = parser().parse_args()
-    config = LlamaConfig(
+    args = arguments()
+    config = CONFIGS[args.family](
         hidden_size=args.hidden,
         num_hidden_layers=args.blocks,
         intermediate_size=args.intermediate,
@@ -32,8 +42,9 @@ def main() -> None:
         tie_word_embeddings=False,
         bos_token_id=1,
         eos_token_id=2,
-        architectures=["LlamaForCausalLM"],
+        architectures=[f"{args.family.capitalize()}ForCausalLM"],
         dtype=args.dtype,
+        **({"sliding_window": None} if args.family == "mistral" else {}),
     )
     generator = torch.Generator().manual_seed(args.seed)
     write_base(args.folder / "base", config, DTYPES[args.dtype], generator)
@@ -41,6 +52,14 @@ def main() -> None:
     for e in range(args.experts):
         write_expert(args.folder / "experts" / f"e{e}", config, shapes, args.rank, generator)
     write_gate(args.folder / "xlora", config, args.experts, len(shapes) * args.blocks, generator)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line, `--like` filled in."""
+    like = parser().parse_known_args()[0].like
+    result = parser()
+    result.set_defaults(**LIKE.get(like, {}))
+    return result.parse_args()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,12 +71,14 @@ def parser() -> argparse.ArgumentParser:
         "positions": 4096, "experts": 4, "rank": 16, "seed": 0,
     }.items():  # fmt: skip
         result.add_argument(f"--{name}", type=int, default=value)
+    result.add_argument("--like", choices=list(LIKE))
+    result.add_argument("--family", choices=list(CONFIGS), default="llama")
     result.add_argument("--dtype", choices=list(DTYPES), default="float32")
     result.add_argument("--targets", nargs="+", default=[*ATTENTION, *MLP])
     return result
 
 
-def module_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+def module_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
     """Target -> (out, in)."""
     hidden, inner = config.hidden_size, config.intermediate_size
     dim = hidden // config.num_attention_heads
@@ -73,7 +94,7 @@ def module_path(block: int, target: str) -> str:
     return f"model.layers.{block}.{'self_attn' if target in ATTENTION else 'mlp'}.{target}"
 
 
-def write_base(folder: Path, config: LlamaConfig, dtype: torch.dtype, generator: torch.Generator) -> None:
+def write_base(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, generator: torch.Generator) -> None:
     """One shard a block, one for the rest."""
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
@@ -89,7 +110,7 @@ def write_base(folder: Path, config: LlamaConfig, dtype: torch.dtype, generator:
 
 
 def shard_tensors(
-    config: LlamaConfig, dtype: torch.dtype, generator: torch.Generator
+    config: PreTrainedConfig, dtype: torch.dtype, generator: torch.Generator
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Random weights of the scale that keeps activations near 1."""
     hidden, vocab = config.hidden_size, config.vocab_size
@@ -109,7 +130,7 @@ def shard_tensors(
 
 
 def write_expert(
-    folder: Path, config: LlamaConfig, shapes: dict[str, tuple[int, int]], rank: int, generator: torch.Generator
+    folder: Path, config: PreTrainedConfig, shapes: dict[str, tuple[int, int]], rank: int, generator: torch.Generator
 ) -> None:
     """A PEFT LoRA folder."""
     folder.mkdir(parents=True)
@@ -127,7 +148,7 @@ def write_expert(
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1))
 
 
-def write_gate(folder: Path, config: LlamaConfig, experts: int, sites: int, generator: torch.Generator) -> None:
+def write_gate(folder: Path, config: PreTrainedConfig, experts: int, sites: int, generator: torch.Generator) -> None:
     """A layerwise X-LoRA gate of depth 1 in PEFT's layout."""
     folder.mkdir(parents=True)
     outputs = sites * experts

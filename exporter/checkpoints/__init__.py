@@ -5,6 +5,7 @@ from __future__ import annotations
 from exporter.checkpoints.adapter_set import read_adapters
 from exporter.checkpoints.base import BaseDescription, ModuleInfo, ModuleKind, describe_base
 from exporter.checkpoints.base_folder import base_reference
+from exporter.checkpoints.blank import BlankBase, StoredTensor, load_blank, stored_tensors
 from exporter.checkpoints.fit import check_against_base
 from exporter.checkpoints.half_range import check_half_range, largest_update
 from exporter.checkpoints.load import load_base
@@ -14,8 +15,10 @@ from exporter.checkpoints.sources import compare_sources, source_files
 
 __all__ = [
     "BaseDescription",
+    "BlankBase",
     "ModuleInfo",
     "ModuleKind",
+    "StoredTensor",
     "base_reference",
     "check_against_base",
     "check_half_range",
@@ -23,10 +26,12 @@ __all__ = [
     "describe_base",
     "largest_update",
     "load_base",
+    "load_blank",
     "read_adapters",
     "require_free",
     "shared_base_name",
     "source_files",
+    "stored_tensors",
     "without_shared_heads",
     "write_lora",
 ]

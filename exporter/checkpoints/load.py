@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,15 +19,27 @@ from runtime.errors import InputError, raise_all
 
 def load_base(base: BaseDescription, dtype: torch.dtype) -> Any:
     """The base model in eval mode without gradients; refuses missing, unused, misshapen and non-finite weights."""
-    try:
+    with loading(base):
         model, info = model_class(base.task).from_pretrained(
             base.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
             output_loading_info=True, low_cpu_mem_usage=True, **base.options,
         )  # fmt: skip
-    except Exception as error:  # the loader raises anything on damaged files
+    return as_loaded(model, info, base, _value_problems(model, dtype))
+
+
+@contextmanager
+def loading(base: BaseDescription) -> Iterator[None]:
+    """Whatever transformers' loader raises on damaged files becomes one error that names the base."""
+    try:
+        yield
+    except Exception as error:  # the loader raises anything
         got = f"{type(error).__name__}: {str(error)[:300]}"
         raise ExportError("the base could not be loaded", where=shown_path(base.folder), got=got) from error
-    raise_all(shown_path(base.folder), [*_loading_problems(info, base), *_value_problems(model, dtype)])
+
+
+def as_loaded(model: Any, info: dict[str, Any], base: BaseDescription, problems: Iterable[InputError] = ()) -> Any:
+    """What the loader made, ready to be traced; refused where it only warned, or with these problems."""
+    raise_all(shown_path(base.folder), [*_loading_problems(info, base), *problems])
     model.config.use_cache = False
     return model.eval().requires_grad_(False)
 

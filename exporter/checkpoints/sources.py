@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from exporter.adapters import AdapterSet
@@ -19,8 +20,13 @@ _CHUNK = 1 << 20
 BASE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
-def source_files(adapters: AdapterSet, base: BaseDescription | None) -> tuple[SourceInfo, ...]:
-    """Role, file name, size and sha256 of all files used, in the order base, experts by column, gate."""
+def source_files(
+    adapters: AdapterSet, base: BaseDescription | None, known: Mapping[Path, str] | None = None
+) -> tuple[SourceInfo, ...]:
+    """Role, file name, size and sha256 of all files used, in the order base, experts by column, gate.
+
+    `known`: the sha256 of files that have just been read whole.
+    """
     listed: list[tuple[str, Path, str]] = []
     if base is not None:
         read = [base.folder / name for name in BASE_FILES if is_file(base.folder / name)]
@@ -28,7 +34,7 @@ def source_files(adapters: AdapterSet, base: BaseDescription | None) -> tuple[So
     for origin in adapters.origins:
         listed += [(origin.role, path, _inside(path, origin.folder)) for path in origin.files]
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib releases the GIL
-        digests = list(pool.map(_digest, [path for _, path, _ in listed]))
+        digests = list(pool.map(partial(_digest, known=known or {}), [path for _, path, _ in listed]))
     return tuple(
         SourceInfo(role=role, file=name, size=size, sha256=digest)
         for (role, _, name), (size, digest) in zip(listed, digests, strict=True)
@@ -61,7 +67,9 @@ def _inside(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix()
 
 
-def _digest(path: Path) -> tuple[int, str]:
+def _digest(path: Path, known: Mapping[Path, str]) -> tuple[int, str]:
+    if path in known:
+        return path.stat().st_size, known[path]
     digest, size = hashlib.sha256(), 0
     with open_regular(path) as file:
         while block := file.read(_CHUNK):

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from runtime.adapter_inputs import LORA_SCALE
 from runtime.signature import Signature, past_names, present_names
 
 MARK_DOMAIN = "xlora.block"
 MARKS = {"in": "Enter", "out": "Leave"}  # identities around a block's hidden state; attribute `block`
-COLUMNS = "columns.scale"  # the weight whose product, split, holds every group's factors
+COLUMNS = "columns.scale"  # the weight, or the input LORA_SCALE, whose product, split, holds every group's factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,12 @@ class BlockCopies:
     first: tuple[int, ...]  # per block, the traced one of its kind
     numbers: tuple[
         Mapping[int, int], ...
-    ]  # per block: which part of the split columns its kind's block reads -> it reads
+    ]  # per block: part of the split columns that its kind's block reads -> its own
+
+    def inputs(self, number: int, signature: Signature) -> list[str]:
+        """The graph inputs that are a block's own: its caches, and its adapters where they are inputs."""
+        caches, own = past_names(number), f".{self.path}.{number}."
+        return [spec.name for spec in signature.inputs if spec.name in caches or own in spec.name]
 
 
 class InstantiateBlocksPass(ir.passes.InPlacePass):
@@ -42,7 +48,15 @@ class InstantiateBlocksPass(ir.passes.InPlacePass):
         columns = _columns(graph)
         enters, leaves = (_marked(graph, side) for side in ("in", "out"))
         bodies = {
-            number: _body(graph, f"{copies.path}.{number}.", number, enters[number], columns, copies)
+            number: _body(
+                graph,
+                f"{copies.path}.{number}.",
+                [
+                    enters[number].outputs[0],
+                    *(value for value in graph.inputs if value.name in copies.inputs(number, self.signature)),
+                    *(columns.outputs[part] for part in copies.numbers[number] if columns is not None),
+                ],
+            )
             for number in enters
         }
         values = {value.name: value for value in (*graph.inputs, *graph.outputs)}
@@ -56,9 +70,9 @@ class InstantiateBlocksPass(ir.passes.InPlacePass):
             known = {enters[first].outputs[0]: hidden}
             if columns is not None:
                 known |= {columns.outputs[of]: columns.outputs[to] for of, to in copies.numbers[number].items()}
-            for old, new in zip(past_names(first), past_names(number), strict=True):
-                if old in values:
-                    known[values[old]] = values[new] = _renamed(values[old], new)
+            own = (copies.inputs(block, self.signature) for block in (first, number))
+            for old, new in zip(*own, strict=True):
+                known[values[old]] = values[new] = _renamed(values[old], new)
             _copy(graph, bodies[first], known, f"{copies.path}.{first}.", f"{copies.path}.{number}.")
             for old, new in zip(present_names(first), present_names(number), strict=True):
                 if old in values:
@@ -90,7 +104,7 @@ def _read(mark: ir.Node) -> ir.Value:
 
 def _columns(graph: ir.Graph) -> ir.Node | None:
     """The node that splits the columns of all groups."""
-    scale = graph.initializers.get(COLUMNS)
+    scale = graph.initializers.get(COLUMNS) or next((v for v in graph.inputs if v.name == LORA_SCALE), None)
     if scale is None:
         return None
     [product] = [use.node for use in scale.uses()]
@@ -98,15 +112,9 @@ def _columns(graph: ir.Graph) -> ir.Node | None:
     return splits[0] if splits else None
 
 
-def _body(
-    graph: ir.Graph, prefix: str, number: int, enter: ir.Node, columns: ir.Node | None, copies: BlockCopies
-) -> list[ir.Node]:
-    """The block's own nodes, in graph order."""
-    reached = [enter.outputs[0]]
-    reached += [value for name, value in graph.initializers.items() if name.startswith(prefix)]
-    reached += [value for value in graph.inputs if value.name in past_names(number)]
-    if columns is not None:
-        reached += [columns.outputs[part] for part in copies.numbers[number]]
+def _body(graph: ir.Graph, prefix: str, sources: Sequence[ir.Value]) -> list[ir.Node]:
+    """The block's own nodes, in graph order: what its weights and these values reach."""
+    reached = [*sources, *(value for name, value in graph.initializers.items() if name.startswith(prefix))]
     inputs, found = set(graph.inputs), set()
     while reached:
         value = reached.pop()

@@ -10,19 +10,21 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from torch import nn
 
 from exporter import graphs
 from exporter.blocks import Blocks, find_blocks
 from exporter.build_bundle import build
-from exporter.spec import BuildSpec
+from exporter.spec import BuildSpec, HotSpec
 from runtime.backends import open_session
 from runtime.bundle import Bundle
 from runtime.manifest import Emit, GraphInfo, Mode, VerifyLevel
 from runtime.replay import Replay, replay
 from runtime.session import SessionSettings
 from tests.exporter.checkpoint_makers import load_model, write_dora, write_lora
+from tests.exporter.encoder_makers import write_random
 from tests.exporter.mutations import weight_names
 from tests.exporter.tiny_builds import named_sources, prompt, quick, write_gate, write_lively_base
 
@@ -97,6 +99,93 @@ def test_the_graph_is_that_of_a_whole_trace(
             assert mine.tokens == theirs.tokens
             assert np.abs(mine.logits - theirs.logits).max() <= 1e-6
             assert mine.gate is None or np.abs(mine.gate - theirs.gate).max() <= 1e-6
+
+
+def outputs(bundle: Bundle, scalings: Callable[[Any], Any] = lambda row: row) -> list[Any]:
+    """What the dynamic graph gives for seeded inputs of its signature, whatever these are."""
+    graph = bundle.graph("dynamic")
+    generator = np.random.default_rng(0)
+    sizes = {"B": 2, "S": 5, "C": 9, "K": 2, "R": 6}
+    most = {"input_ids": 60, "position_ids": 9, "cache_lengths": 4, "logit_index": 5, "lengths": 5, "token_type_ids": 2}
+    feeds = {}
+    for spec in graph.signature.inputs:
+        shape = [sizes.get(size, size) for size in spec.shape]
+        if spec.dtype == "int64":
+            feeds[spec.name] = generator.integers(1, most.get(spec.name, 2), shape)
+        else:
+            feeds[spec.name] = 0.3 * generator.standard_normal(shape).astype(np.float32)
+    if "lora_index" in feeds:
+        feeds["lora_index"] = np.arange(sizes["R"]) % feeds["scalings"].shape[-1]
+    feeds["scalings"] = scalings(feeds["scalings"])
+    session = ort.InferenceSession(bundle.root / graph.path, providers=["CPUExecutionProvider"])
+    return list(session.run([spec.name for spec in graph.signature.outputs], feeds))
+
+
+def apart(left: list[Any], right: list[Any]) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(left, right, strict=True) if a.size)
+
+
+def without(expert: int) -> Callable[[Any], Any]:
+    return lambda row: np.where(np.arange(row.shape[-1]) == expert, np.float32(0), row)
+
+
+def require_same(ours: Bundle, whole: Bundle, experts: int) -> None:
+    """Alike in signature, weights and operators, and in what they compute with every expert in it."""
+    mine, theirs = ours.graph("dynamic"), whole.graph("dynamic")
+    assert mine.signature == theirs.signature
+    assert sorted(weight_names(ours.root)) == sorted(weight_names(whole.root))
+    few, many = operators(ours, mine), operators(whole, theirs)
+    assert {name for name in few | many if few[name] != many[name]} <= {"Unsqueeze", "Reshape", "Expand", "Shape"}
+    expected = outputs(whole)
+    assert apart(outputs(ours), expected) <= 1e-6
+    for expert in range(experts):
+        changed = outputs(whole, without(expert))
+        assert apart(changed, expected) > 1e-3, f"expert {expert} changes nothing: the comparison would miss it"
+        assert apart(outputs(ours, without(expert)), changed) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("family", "classes", "path"),
+    [
+        pytest.param("bert", 0, "encoder.layer", marks=pytest.mark.long),
+        pytest.param("xlm-roberta", 3, "roberta.encoder.layer", marks=pytest.mark.long),
+        ("distilbert", 3, "distilbert.transformer.layer"),
+        pytest.param("mpnet", 0, "encoder.layer", marks=pytest.mark.long),
+    ],
+)
+def test_an_encoder_is_that_of_a_whole_trace(
+    family: str, classes: int, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also behind a classifier's head, where the backbone is wrapped for the gate to see its last hidden state."""
+    checkpoint = write_random(tmp_path, family, classes=classes, blocks=3)
+    spec = checkpoint.spec(verify=VerifyLevel.STRUCTURE)
+    ours, found = built(spec, tmp_path / "ours", monkeypatch, whole=False)
+    whole, _ = built(spec, tmp_path / "whole", monkeypatch, whole=True)
+    [blocks] = found
+    assert blocks is not None
+    assert (blocks.named, blocks.first) == (path, (0, 0, 0))
+    require_same(ours, whole, 2)
+
+
+@pytest.mark.parametrize(
+    ("emit", "first", "targets"),
+    [
+        (Emit.PORTABLE, (0, 0), ()),
+        pytest.param(Emit.PORTABLE, (0, 1, 0), (0, 2), marks=pytest.mark.long),
+        pytest.param(Emit.MODERN, (0, 1, 0), (0, 2), marks=pytest.mark.long),
+    ],
+)
+def test_a_graph_with_adapters_as_inputs_is_that_of_a_whole_trace(
+    emit: Emit, first: tuple[int, ...], targets: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each block reads its own adapters and its own rows of scales; the second of three has none on its MLP."""
+    base = write_lively_base(tmp_path / "base", num_hidden_layers=len(first))
+    allowed = ("q_proj", "v_proj", "lm_head", *(f"layers.{number}.mlp.down_proj" for number in targets))
+    spec = replace(quick((), base), hot=HotSpec(8, 3, allowed), verify=VerifyLevel.STRUCTURE, emit=emit)
+    ours, found = built(spec, tmp_path / "ours", monkeypatch, whole=False)
+    whole, _ = built(spec, tmp_path / "whole", monkeypatch, whole=True)
+    assert [None if blocks is None else blocks.first for blocks in found] == [first]
+    require_same(ours, whole, 3)
 
 
 def kinds(spec: BuildSpec, change: Callable[[Any], None] = lambda _: None) -> tuple[int, ...] | None:

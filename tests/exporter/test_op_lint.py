@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from exporter.errors import ExportError
-from exporter.graph_exports import export_graphs
+from exporter.graph_exports import export_graphs, open_store
 from exporter.op_lint import Finding, lint, require_lintable
 from exporter.op_restrictions import CHECKS, UNDECIDABLE
 from exporter.op_table import operator_table
@@ -412,7 +412,10 @@ def exported(folder: Path, family: str = "llama", **settings: Any) -> list[ir.Mo
     spec, parts = checkpoint.spec(**settings), checkpoint.parts()
     if spec.dtype is not DType.FLOAT32:
         round_model(parts.model, getattr(torch, spec.dtype.value))
-    return [graph.model for graph in export_graphs(parts, spec, spec.dtype, folder / "graphs")]
+    return [
+        graph.model
+        for graph in export_graphs(parts, spec, spec.dtype, open_store(parts, spec, spec.dtype, folder / "graphs"))
+    ]
 
 
 OTHERS: dict[str, dict[str, Any]] = {
