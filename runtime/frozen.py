@@ -79,6 +79,16 @@ class FrozenPasses:
         self._scalings = Scalings(gated, freeze)
         session.allocate(self._layout.slots, adapters)
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether no gated row will get scalings of its own any more."""
+        return bool((self._session.lengths[self._layout.scaling_slots] >= self._until).all())
+
+    @property
+    def kept(self) -> Floats:
+        """[gated rows, G, E]: the scalings that stay."""
+        return self._scalings.stays(1)[:, 0]
+
     def forward(self, tokens: Ids, counts: Ids) -> Floats:
         """One or two steps. After an error the slots are as before."""
         layout = self._layout
