@@ -230,11 +230,10 @@ def _decoding_notes(completions: Sequence[Completion]) -> Iterator[str]:
     """How many drafts came true; how far frozen scalings are from exact."""
     drafts = sum(completion.timings.drafts for completion in completions)
     accepted = sum(completion.timings.accepted for completion in completions)
-    if drafts:
-        yield f"drafts: {accepted} of {drafts} came true ({accepted / drafts:.0%})"
     steps, exact = (sum(getattr(each.timings, name) for each in completions) for name in ("steps", "exact_steps"))
-    if exact:
-        yield f"steps: {steps / exact:.0%} of those of exact"
+    if drafts:
+        came = f"{accepted} of {drafts} came true ({accepted / drafts:.0%})"
+        yield f"drafts: {came}; {steps / exact:.0%} of the steps of exact"
     found = [each.divergence for each in completions if each.divergence is not None]
     if found:
         tokens = sum(each.tokens for each in found)

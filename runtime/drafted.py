@@ -14,10 +14,10 @@ from typing import Protocol
 import numpy as np
 
 from runtime.decode import StepCount
-from runtime.errors import NumericError, UserError
+from runtime.errors import InputError, NumericError, UserError
 from runtime.passes import Floats, Ids, Layout, Routing, last_index, nowhere
 from runtime.rows import Rows, StepResult
-from runtime.session import Session
+from runtime.session import Session, StepLimits
 from runtime.stacks import Stack
 
 
@@ -81,12 +81,14 @@ class DraftedPasses:
         adapters: Stack | None = None,
         steps: StepCount | None = None,
     ) -> None:
-        """`drafts`: the most at a time."""
+        """`drafts`: the most at a time. InputError where no step of the session may be long enough for one."""
         self._session, self._layout, self._chained = session, Layout(session, routings), chained
         self._steps = steps or StepCount()
         gated, limits = self._layout.gated, session.limits
         self._guessers = [guessers[row] for row in self._layout.order[:gated]]
-        self._most = min(drafts, limits.tokens - (0 if chained else 1))
+        self._most = min(drafts, min(limits.tokens, limits.logits) - (not chained))
+        if self._most < min(drafts, 2 if chained else 1):
+            raise _too_narrow(limits)
         self._rides = self._layout.slots <= min(limits.rows, limits.decode_rows)  # both passes in one step
         self._rows = [RowState() for _ in range(gated)]
         session.allocate(self._layout.slots, adapters)
@@ -121,7 +123,7 @@ class DraftedPasses:
         }
 
     def _cut(self, rows: Sequence[int] | Ids, *, scaled: bool = False) -> None:
-        """Cut the slots of these rows to the tokens that came, and to a scaled one unless `scaled`: it may be coming."""
+        """Cut the slots of these rows to the tokens that came; a scaled one stays, for it may come, unless `scaled`."""
         lengths, gated = self._session.lengths, self._layout.gated
         for row in rows:
             state = self._rows[row]
@@ -153,8 +155,9 @@ class DraftedPasses:
 
     def _room(self, row: int) -> int:
         """How many drafts of a row may help, and fit its slots."""
-        fits = self._session.limits.positions - self._rows[row].settled - 1
-        return max(0, min(self._most, self._guessers[row].wants_drafts, int(fits)))
+        fits = self._session.limits.positions - self._rows[row].settled - 1  # after the token itself
+        wanted: int = min(self._most, self._guessers[row].wants_drafts, fits)
+        return max(wanted, 0)
 
     def _window(self, tokens: Ids, counts: Ids, room: Sequence[int]) -> Window | None:
         """What the main pass will see of the gated rows, with their gates; None: nothing of them runs."""
@@ -263,6 +266,14 @@ class DraftedPasses:
         result = self._session.step(rows)
         self._steps.taken += 1
         return result
+
+
+def _too_narrow(limits: StepLimits) -> InputError:
+    return InputError(
+        "no step takes several tokens of a row and tells what follows each",
+        got=f"{limits.tokens} tokens, logits of {limits.logits}", need="at least 2 of both",
+        fix="decode paired", code="E_DECODE",
+    )  # fmt: skip
 
 
 def _joined(head: Rows, main: Rows, slots: int) -> Rows:

@@ -446,4 +446,4 @@ def test_adapters_reach_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
     request: Any = type("Asked", (), {"prompt": (1,), "is_sampled": False})
     for mode in DecodeMode:
         open_ladder(session, [routing] * 2, [request] * 2, Decode(mode), stack)
-    assert given == [(4, stack)] * 4
+    assert given == [(4, stack)] * len(DecodeMode)
