@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from runtime import Completion, GenerateOptions, Model, NumericError, Routed, complete, load
+from runtime import GenerateOptions, Model, NumericError, Routed, complete, load
 from runtime.backends.null import NullSession
 from runtime.backends.ort import OrtSession
 from runtime.decode import Decode, DecodeMode
@@ -18,15 +18,15 @@ from runtime.generate import generate
 from runtime.ladder import open_ladder
 from runtime.paired import Ahead, PairedPasses
 from runtime.passes import ExactPasses, Passes, Routing
-from runtime.request import Request
 from runtime.rows import Rows, StepResult
 from runtime.session import SessionSettings, StepLimits
 from runtime.signature import CacheStyle
 from runtime.stacks import Stack
 from tests.runtime import fake_tensorrt
+from tests.runtime.compared_decoding import compare, draft_anything, random_prompts
 from tests.runtime.tiny_bundles import BYTE_SHAPE, SCALING_PASS, tiny_bundle
 from tests.runtime.tiny_graphs import TinyShape, open_tiny, tiny_weights
-from tests.same_tokens import Logits, Ties, seen_logits
+from tests.same_tokens import Ties
 
 WEIGHTS = tiny_weights(BYTE_SHAPE)
 SMALL = TinyShape(vocab=40, max_positions=40)
@@ -48,29 +48,6 @@ def steps(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[Rows]:
     step = model.session.step
     monkeypatch.setattr(model.session, "step", lambda rows: seen.append(rows) or step(rows))
     return seen
-
-
-def logits_of(
-    model: Model, prompts: Sequence[Any], options: GenerateOptions
-) -> tuple[dict[int, Logits], list[Completion]]:
-    with seen_logits() as seen:
-        found = complete(model, prompts, options)
-    return seen, found
-
-
-def compare(
-    model: Model, prompts: Sequence[Any], options: GenerateOptions, decode: str, ties: Ties
-) -> list[Completion]:
-    """One batch in both ways."""
-    want, _ = logits_of(model, prompts, dataclasses.replace(options, decode="exact"))
-    got, found = logits_of(model, prompts, dataclasses.replace(options, decode=decode))
-    for number in want:
-        ties.compare(want[number], got[number], f"prompt {number}, {decode}")
-    return found
-
-
-def random_prompts(random: np.random.Generator, count: int, vocab: int, longest: int = 9) -> list[list[int]]:
-    return [random.integers(0, vocab, random.integers(1, longest)).tolist() for _ in range(count)]
 
 
 @dataclasses.dataclass
@@ -142,16 +119,6 @@ def test_rows_may_fill_all_positions(model: Model, decode: str) -> None:
     found = compare(model, [[3] * 198, [4] * 190, [1], [2] * 200], GenerateOptions(), decode, ties)
     assert [len(each.token_ids) for each in found] == [3, 11, 128, 1]
     ties.check()
-
-
-def draft_anything(monkeypatch: pytest.MonkeyPatch, guess: Callable[[], int]) -> None:
-    """Greedy requests guess this."""
-    draft = Request.draft
-
-    def drafted(self: Request, logits: Any) -> int:
-        return draft(self, np.eye(len(logits), dtype=np.float32)[guess()])
-
-    monkeypatch.setattr(Request, "draft", drafted)
 
 
 @pytest.mark.parametrize("decode", WAYS)
