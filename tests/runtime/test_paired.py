@@ -14,10 +14,11 @@ from runtime import GenerateOptions, Model, NumericError, Routed, complete, load
 from runtime.backends.null import NullSession
 from runtime.backends.ort import OrtSession
 from runtime.decode import Decode, DecodeMode
-from runtime.generate import generate
+from runtime.generate import generate, prepare
 from runtime.ladder import open_ladder
 from runtime.paired import Ahead, PairedPasses
 from runtime.passes import ExactPasses, Passes, Routing
+from runtime.request import Request
 from runtime.rows import Rows, StepResult
 from runtime.session import SessionSettings, StepLimits
 from runtime.signature import CacheStyle
@@ -337,6 +338,43 @@ def test_a_draft_with_bad_numbers_is_dropped(tmp_path: Path, monkeypatch: pytest
         assert [each.token_ids for each in complete(model, PROMPTS, PAIRED)] == want
         draft_anything(monkeypatch, lambda: never)
         assert [each.token_ids for each in complete(model, PROMPTS, PAIRED)] == want
+
+
+def test_only_the_draft_with_bad_numbers_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others run, and, experts being zeros, come true: their rows need no scaling pass."""
+    never = 299
+    weights = {name: array * (not name.startswith("expert")) for name, array in WEIGHTS.items()}
+    weights["embed"] = weights["embed"].copy()
+    weights["embed"][never] = np.nan
+    draft = Request.draft
+
+    def drafted(self: Request, logits: Any, place: int = 0) -> int:
+        return draft(self, np.eye(len(logits), dtype=np.float32)[never] if self.number == 1 else logits, place)
+
+    monkeypatch.setattr(Request, "draft", drafted)
+    with load(tiny_bundle(tmp_path / "b", weights=weights, end=()), threads=1) as model:
+        steps: list[Rows] = []
+        step = model.session.step
+        monkeypatch.setattr(model.session, "step", lambda rows: steps.append(rows) or step(rows))
+        found = complete(model, PROMPTS, PAIRED)
+    assert [each.timings.accepted for each in found] == [10, 0, 10, 10]
+    caught_up = [rows.counts.tolist() for rows in steps[3:] if rows.slots == slice(0, 4)]
+    assert caught_up == [[0, 1, 0, 0]] * 10
+
+
+def test_a_prompt_of_one_token_is_not_drafted_after(model: Model, steps: list[Rows]) -> None:
+    """It looks like a token that came; but nothing did, so a draft would be of the first new token."""
+    [found] = complete(model, [[7]], PAIRED)
+    assert found.timings.drafts == 10
+    assert [(len(rows.counts), rows.logit_index.shape[1]) for rows in steps[:3]] == [(1, 0), (1, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("decode", WAYS)
+def test_a_request_with_no_token_yet_wants_no_draft(model: Model, decode: str) -> None:
+    [request], events = prepare(model, [[7]], dataclasses.replace(EXACT, decode=decode))
+    assert (request.wants_draft, request.wants_drafts) == (False, 0)
+    wanted = [request.wants_drafts for _ in events]
+    assert wanted == [10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 0]
 
 
 def test_bad_numbers_of_a_token_that_comes_name_its_prompt(tmp_path: Path) -> None:
