@@ -44,7 +44,8 @@ def build_foldable(folder: Path, family: str = "llama", **settings: Any) -> Buil
     blocks = {"n_layer": 1} if family == "gpt2" else {}
     base = write_lively_base(folder / "base", family, **blocks)
     experts = write_three_experts(folder / "experts", base, family, ends=False)
-    gate = write_gate(folder / "xlora", base, experts, sites=count_sites(experts), **GATES[family])
+    sites = count_sites(experts) if GATES[family].get("layerwise_scalings", True) else 1
+    gate = write_gate(folder / "xlora", base, experts, sites=sites, **GATES[family])
     checkpoint = Checkpoint(base, gate)
     spec = checkpoint.spec(modes=(Mode.DYNAMIC, Mode.STATIC), mix=named(checkpoint), verify=VerifyLevel.STRUCTURE)
     return Built(checkpoint, build(dataclasses.replace(spec, out=folder / "bundle", **settings)))
