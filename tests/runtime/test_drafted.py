@@ -13,7 +13,7 @@ import pytest
 from runtime import GenerateOptions, InputError, Model, NumericError, Routed, complete, load
 from runtime.backends.ort import OrtSession
 from runtime.drafted import DraftedPasses
-from runtime.generate import generate
+from runtime.generate import generate, prepare
 from runtime.lookup import looked_up
 from runtime.passes import ExactPasses, Routing
 from runtime.request import Request
@@ -204,6 +204,12 @@ class Guesser:
         return self.came[self.place : self.place + count]
 
 
+class Eager(Guesser):
+    """Wants drafts to the end and beyond."""
+
+    wants_drafts = property(lambda self: 9, lambda self, wanted: None)  # type: ignore[assignment]
+
+
 def decoded(passes: Any, guessers: Sequence[Guesser], prompts: Sequence[Sequence[int]], count: int) -> np.ndarray:
     """Greedy logits [count, B, V]."""
     counts = np.array([len(prompt) for prompt in prompts])
@@ -215,6 +221,19 @@ def decoded(passes: Any, guessers: Sequence[Guesser], prompts: Sequence[Sequence
         for guesser in guessers:
             guesser.place, guesser.wants_drafts = number + 1, count - 2 - number
     return np.stack(found)
+
+
+@pytest.mark.parametrize("chained", [True, False])
+def test_no_draft_passes_the_last_position(tmp_path: Path, chained: bool) -> None:
+    """Whoever drafts, and however many."""
+    session, ties = open_tiny(tmp_path, SMALL, calm_weights(SMALL)), Ties()
+    gate = Routing(np.tile(np.float32(SCALING_PASS), (SMALL.blocks, 1)), is_gated=True)
+    want = decoded(ExactPasses(session, [gate]), [], [[1, 2, 3]], 38)
+    guesser = Eager([1, 2, 3], want[:, 0])
+    got = decoded(DraftedPasses(session, [gate], [guesser], 9, chained=chained), [guesser], [[1, 2, 3]], 38)
+    ties.compare(list(want[:, 0]), list(got[:, 0]), "to the end")
+    assert session.lengths.tolist() == [40, 40]
+    session.close()
 
 
 # --- the number of steps --------------------------------------------------------------------------
@@ -259,6 +278,17 @@ def test_what_follows_a_wrong_draft_is_not_used(model: Model, monkeypatch: pytes
     ties.check()
     #                                 tokens 1 to 8 are drafted: 1 and 2 come; then 4 to 10, which come, are looked up
     assert [(each.timings.drafts, each.timings.accepted) for each in found] == [(8 + 7, 2 + 7)] * 4
+
+
+def test_drafts_after_a_wrong_one_are_forgotten(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each was a guess of what follows the one before it."""
+    monkeypatch.setattr("runtime.request.looked_up", lambda text, count: [5, 6])
+    [request], _ = prepare(model, [[1]], way("lookup"))
+    for came, accepted in (([7, 6], 0), ([5, 6], 2), ([5, 7, 6], 3)):
+        request.look_up(2)
+        for token in came:
+            request.accept(np.eye(300, dtype=np.float32)[token], 0.0)
+        assert request._accepted == accepted
 
 
 def test_rows_whose_drafts_came_true_ride_along(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
