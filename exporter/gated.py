@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from exporter.plugin_nodes import gated_low_rank
 from exporter.sites import Site, SiteKind
+from runtime.site_groups import joined_path
 
 
 @dataclass(slots=True)
@@ -268,12 +269,3 @@ def tokens_of(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def pick(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Rows of x [B, S, D] at index [B, K] -> [B, K, D]."""
     return torch.gather(x, 1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
-def joined_path(paths: Sequence[str]) -> str:
-    """("h.0.attn.q", "h.0.attn.k") -> "h.0.attn.q+k": the parts all share once, then what is each one's own."""
-    split = [path.split(".") for path in paths]
-    common = 0
-    while all(len(parts) > common + 1 and parts[common] == split[0][common] for parts in split):
-        common += 1
-    return ".".join([*split[0][:common], "+".join(".".join(parts[common:]) for parts in split)])

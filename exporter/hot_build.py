@@ -13,7 +13,6 @@ from exporter.adapters import AdapterSet, Expert, LoraDelta
 from exporter.checkpoints import BaseDescription, ModuleKind
 from exporter.dynamic import grouped_by_input
 from exporter.errors import ExportError
-from exporter.gated import joined_path
 from exporter.sites import Site
 from exporter.spec import BuildSpec, HotSpec, OpChoice
 from exporter.store import Weight, weight_from_tensor
@@ -24,6 +23,7 @@ from runtime.adapter_inputs import STACK_PATH
 from runtime.errors import InputError, raise_all
 from runtime.manifest import AdapterKind, HotInfo, HotSite, Mode
 from runtime.routers import RouterKind
+from runtime.site_groups import joined_path
 from runtime.stacks import Stack, StackBuilder
 
 ALL_LINEAR = "all-linear"

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from exporter.gated import StepState, joined_path, pick, rows_of
+from exporter.gated import StepState, pick, rows_of
 from exporter.sites import Site, SiteKind
 from runtime.adapter_inputs import LORA_INDEX, LORA_SCALE, a_name, b_name
+from runtime.site_groups import joined_path
 
 
 class HotColumns(nn.Module):

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import io
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from runtime.encode_command import add_encode, classify, embed
 from runtime.errors import InputError, raise_all
 
 if TYPE_CHECKING:
+    from runtime.decode import FoldCosts
     from runtime.generate import GenerateOptions, Routed
     from runtime.model import Model
     from runtime.request import Completion
@@ -80,8 +82,14 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     way.add_argument("--mix", metavar="math=0.7,code=0.3|FILE.json", help=fixed)
     ladder = command.add_argument_group("how tokens under a gate are decoded")
     rungs = "exact: two passes a token; paired: the same tokens, about one step a token where drafts come true; auto "
-    rungs += "(default): the faster of these; frozen[:K], approximate: the scalings stay after K new tokens"
-    ladder.add_argument("--decode", default="auto", metavar="exact|paired|auto|frozen[:K]", help=rungs)
+    rungs += (
+        "(default): the faster of these; paired:K, lookup[:K]: the same tokens, K drafts at a time, of lookup from "
+    )
+    rungs += (
+        "the text itself; frozen[:K], approximate: the scalings stay after K new tokens; folded[:K]: and go into the "
+    )
+    rungs += "weights of a session without experts, each request's own"
+    ladder.add_argument("--decode", default="auto", metavar="exact|paired|lookup|auto|frozen|folded[:K]", help=rungs)
     ladder.add_argument(
         "--freeze", metavar="last|mean", help="what stays: the last token's (default) or the mean so far"
     )
@@ -224,8 +232,10 @@ def _decoding_notes(completions: Sequence[Completion]) -> Iterator[str]:
     """How many drafts came true; how far frozen scalings are from exact."""
     drafts = sum(completion.timings.drafts for completion in completions)
     accepted = sum(completion.timings.accepted for completion in completions)
+    steps, exact = (sum(getattr(each.timings, name) for each in completions) for name in ("steps", "exact_steps"))
     if drafts:
-        yield f"drafts: {accepted} of {drafts} came true ({accepted / drafts:.0%})"
+        came = f"{accepted} of {drafts} came true ({accepted / drafts:.0%})"
+        yield f"drafts: {came}; {steps / exact:.0%} of the steps of exact"
     found = [each.divergence for each in completions if each.divergence is not None]
     if found:
         tokens = sum(each.tokens for each in found)
@@ -233,6 +243,19 @@ def _decoding_notes(completions: Sequence[Completion]) -> Iterator[str]:
         same = sum(each.tokens * each.same_top for each in found) / max(tokens, 1)
         measured = f"KL to exact {kl:.3g} nats a token, the same top token {same:.1%}; of {tokens} tokens"
         yield f"frozen scalings (approximate): {measured if tokens else 'no token was chosen under them'}"
+    for number, completion in enumerate(completions, 1):
+        if completion.folded is not None:
+            yield f"prompt {number}: {_folding_note(completion.folded)}"
+
+
+def _folding_note(costs: FoldCosts) -> str:
+    """What folding cost, and when it pays."""
+    took = f"scalings folded in {1e3 * costs.seconds:.0f} ms"
+    if costs.frozen_step is None or costs.folded_step is None or costs.break_even is None:
+        return f"{took}; too few tokens to tell when that pays"
+    steps = f"a token took {1e3 * costs.frozen_step:.2f} ms frozen, {1e3 * costs.folded_step:.2f} ms folded"
+    pays = "does not pay" if math.isinf(costs.break_even) else f"pays from {math.ceil(costs.break_even)} tokens on"
+    return f"{took}; {steps}: {pays}"
 
 
 def _labels(prompts: list[Routed]) -> list[str]:

@@ -79,6 +79,16 @@ class FrozenPasses:
         self._scalings = Scalings(gated, freeze)
         session.allocate(self._layout.slots, adapters)
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether no gated row will get scalings of its own any more."""
+        return bool((self._session.lengths[self._layout.scaling_slots] >= self._until).all())
+
+    @property
+    def kept(self) -> Floats:
+        """[gated rows, G, E]: the scalings that stay."""
+        return self._scalings.stays(1)[:, 0]
+
     def forward(self, tokens: Ids, counts: Ids) -> Floats:
         """One or two steps. After an error the slots are as before."""
         layout = self._layout
@@ -123,7 +133,8 @@ def frozen_divergence(
     session.allocate(3, adapters)  # scaling pass, exact main pass, frozen main pass
     layout, scalings = Layout(session, [routing]), Scalings(1, text.freeze)
     kls, same = [], 0
-    for start, stop in _spans(len(text.ids), text.until, min(CHUNK, session.limits.tokens)):
+    compared = min(COMPARED, session.limits.tokens, session.limits.logits)
+    for start, stop in _spans(len(text.ids), text.until, min(CHUNK, session.limits.tokens), compared):
         tokens, counts = np.array([text.ids[start:stop]], np.int64), np.array([stop - start])
         gate = session.step(layout.scaling_pass(tokens, counts, nowhere(1))).gate
         assert gate is not None
@@ -141,10 +152,10 @@ def frozen_divergence(
     return Divergence(len(kls), float(np.mean(kls)) if kls else 0.0, same / len(kls) if kls else 1.0)
 
 
-def _spans(length: int, until: int, chunk: int) -> Iterator[tuple[int, int]]:
+def _spans(length: int, until: int, chunk: int, compared: int) -> Iterator[tuple[int, int]]:
     """Pieces of a text, from start to stop: up to `until` in chunks, then a few tokens at a time."""
     start = 0
     while start < length:
-        stop = min(start + chunk, until) if start < until else start + min(COMPARED, chunk)
+        stop = min(start + chunk, until) if start < until else start + compared
         yield start, min(stop, length)
         start = stop

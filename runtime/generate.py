@@ -5,8 +5,9 @@ Rows of one batch may be of different variants: each brings its own scalings. Gr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from time import perf_counter
 
@@ -14,8 +15,10 @@ import numpy as np
 
 from runtime.adapter_folder.problems import gathering
 from runtime.adapter_pool import Generation
-from runtime.decode import Decode, DecodeMode, decode_from_text
+from runtime.decode import Decode, DecodeMode, StepCount, decode_from_text
 from runtime.errors import InputError, NumericError, raise_all
+from runtime.fold import Folding
+from runtime.folded import FoldedPasses
 from runtime.frozen import FrozenText, frozen_divergence
 from runtime.ladder import frozen_from, is_gated, open_ladder, stack_for
 from runtime.model import Model
@@ -55,8 +58,8 @@ class GenerateOptions:
     stop_token_ids: tuple[int, ...] = ()  # besides the model's end tokens
     batch_size: int = 16  # prompts that run together; as one ends the next takes its place
     kv_budget: int | None = None  # bytes of K/V; prompts beyond it wait
-    decode: str | Decode = DecodeMode.AUTO.value  # exact, paired, auto or frozen:K; of rows under the gate
-    measure_frozen: bool = False  # how far frozen scalings are from exact, once a batch has ended
+    decode: str | Decode = DecodeMode.AUTO.value  # one of docs/decoding.md; of rows under the gate
+    measure_frozen: bool = False  # how far frozen (or folded) scalings are from exact, once a batch has ended
 
     def __post_init__(self) -> None:
         problems = []
@@ -126,9 +129,10 @@ def prepare(
         raise InputError("this generation of adapters is another model's", fix="give one of this model's adapters")
     requests, ways = requests_of(model, prompts, options, generation)
     decode, stack = _decode_of(options), generation.stack if generation else None
+    foldings = _foldings(model, ways, decode)
     runs: list[Iterator[TokenEvent]] = []
     for numbers in _batches(ways, options, decode):
-        batch = _Batch(numbers, [requests[n] for n in numbers], [ways[n] for n in numbers], decode, stack)
+        batch = _Batch(numbers, [requests[n] for n in numbers], [ways[n] for n in numbers], decode, stack, foldings)
         is_continuous = _is_continuous(batch.session, len(numbers), options, decode)
         runs.append(
             _run_continuously(model, batch, options)
@@ -146,6 +150,11 @@ class _Way:
     route: Route
     session: SlotSession
 
+    @property
+    def is_gated(self) -> bool:
+        """Whether there is a second pass to save."""
+        return is_gated(self.session, [self.route.routing])
+
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
@@ -156,21 +165,25 @@ class _Batch:
     ways: list[_Way]
     decode: Decode
     adapters: Stack | None
+    foldings: Mapping[str, Folding]  # by graph, where mixes are folded
+    steps: StepCount = field(default_factory=StepCount)
 
     @property
     def session(self) -> SlotSession:
         """The one of all its ways."""
         return self.ways[0].session
 
-    def open(self) -> Passes:
+    def open(self, model: Model) -> Passes:
         """Its passes, at their start."""
         routings = [way.route.routing for way in self.ways]
-        return open_ladder(self.session, routings, self.requests, self.decode, self.adapters)
+        folding = self.foldings.get(self.ways[0].route.graph)
+        open_folded = partial(model.open_folded, folding) if folding else None
+        return open_ladder(self.session, routings, self.requests, self.decode, self.adapters, self.steps, open_folded)
 
     def measure_frozen(self) -> None:
         """Give each request under frozen scalings its distance from exact decoding."""
         for row, (request, way) in enumerate(zip(self.requests, self.ways, strict=True)):
-            if not is_gated(self.session, [way.route.routing]):
+            if not way.is_gated:
                 continue
             text = [*request.prompt, *(event.token_id for event in request.events[:-1])]
             frozen = FrozenText(text, frozen_from(request, self.decode), self.decode.freeze)
@@ -228,13 +241,21 @@ def _is_continuous(session: SlotSession, prompts: int, options: GenerateOptions,
     return options.kv_budget is not None or prompts > options.batch_size > 1
 
 
+def _foldings(model: Model, ways: Sequence[_Way], decode: Decode) -> dict[str, Folding]:
+    """By graph, how the mixes of its gated requests are folded, where they are asked to be."""
+    if decode.mode is not DecodeMode.FOLDED:
+        return {}
+    return {graph: model.folding_of(graph) for graph in dict.fromkeys(way.route.graph for way in ways if way.is_gated)}
+
+
 def _batches(ways: Sequence[_Way], options: GenerateOptions, decode: Decode) -> list[list[int]]:
     """The prompts, by number, that run together: those of one graph, as many as asked for and the session takes."""
-    of_graph: dict[str, list[int]] = {}
+    together: dict[tuple[str, int | None], list[int]] = {}
     for number, way in enumerate(ways):
-        of_graph.setdefault(way.route.graph, []).append(number)
+        is_folded = decode.mode is DecodeMode.FOLDED and way.is_gated  # a mix of its own in a session of its own
+        together.setdefault((way.route.graph, number if is_folded else None), []).append(number)
     batches = []
-    for numbers in of_graph.values():
+    for numbers in together.values():
         session = ways[numbers[0]].session
         if _is_continuous(session, len(numbers), options, decode):
             batches.append(numbers)
@@ -266,20 +287,26 @@ def _run(model: Model, batch: _Batch, *, measures: bool) -> Iterator[TokenEvent]
     began = perf_counter()
     rows, session = batch.requests, batch.session
     model.turn.begin(session)
-    passes = model.turn.holder = batch.open()
+    passes = model.turn.holder = batch.open(model)
     try:
         while not all(request.is_done for request in rows):
             _require_turn(model, passes)
             logits = passes.forward(*_padded([request.pending() for request in rows]))
             for request, row in zip(rows, logits, strict=True):
                 if not request.is_done:
-                    yield request.accept(row, perf_counter() - began)
-        if measures and batch.decode.mode is DecodeMode.FROZEN:
+                    event = request.accept(row, perf_counter() - began)
+                    request.steps = batch.steps.copy()
+                    if isinstance(passes, FoldedPasses):
+                        request.folded = passes.costs
+                    yield event
+        if measures and batch.decode.freezes:
             _require_turn(model, passes)
             batch.measure_frozen()
     except NumericError as error:
         raise NumericError(error.tensor, tuple(batch.numbers[row] + 1 for row in error.rows), "prompt") from error
     finally:
+        if isinstance(passes, FoldedPasses):
+            passes.close()
         if batch.adapters is not None and model.turn.holder is passes:
             session.allocate(0)  # the session was the last to hold an old generation's adapters
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from runtime.adapter_inputs import adapter_inputs
-from runtime.decode import Decode, DecodeMode
+from runtime.decode import Decode, DecodeMode, StepCount
+from runtime.drafted import DraftedPasses
+from runtime.folded import FoldedPasses
 from runtime.frozen import FrozenPasses
 from runtime.pace import Pace
 from runtime.paired import PairedPasses
-from runtime.passes import Passes, Routing
+from runtime.passes import Floats, Passes, Routing
 from runtime.request import Request
 from runtime.routing import in_chunks, open_passes
 from runtime.session import Session
@@ -23,17 +25,30 @@ def open_ladder(
     requests: Sequence[Request],
     decode: Decode,
     adapters: Stack | None = None,
+    steps: StepCount | None = None,
+    open_folded: Callable[[Floats], Session] | None = None,
 ) -> Passes:
-    """The passes that decode these requests, one routing each; `exact` where the mode cannot be used."""
+    """The passes that decode these requests, one routing each; `exact` where the mode cannot be used.
+
+    `steps` counts those of passes that draft. `open_folded`: what `folded` needs, for one request.
+    """
     stack = stack_for(session, adapters)
     if not is_gated(session, routings) or decode.mode is DecodeMode.EXACT:
         return open_passes(session, routings, stack)
-    if decode.mode is DecodeMode.FROZEN:
+    if decode.freezes:
         until = [frozen_from(request, decode) for request in requests]
-        return in_chunks(session, FrozenPasses(session, routings, until, decode.freeze, stack))
+        frozen = FrozenPasses(session, routings, until, decode.freeze, stack)
+        passes = in_chunks(session, frozen)
+        return passes if open_folded is None else FoldedPasses(session, frozen, passes, open_folded)
+    if decode.mode is DecodeMode.LOOKUP or decode.drafts > 1:
+        chained = decode.mode is DecodeMode.PAIRED
+        drafted = DraftedPasses(
+            session, routings, requests, decode.drafts, chained=chained, adapters=stack, steps=steps
+        )
+        return in_chunks(session, drafted)
     gated = sum(routing.is_gated for routing in routings)
     pace = Pace(gated) if decode.mode is DecodeMode.AUTO else None
-    return in_chunks(session, PairedPasses(session, routings, requests, pace, stack))
+    return in_chunks(session, PairedPasses(session, routings, requests, pace, stack, steps))
 
 
 def stack_for(session: Session, adapters: Stack | None) -> Stack | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from plugins.tensorrt_plugins import register
 from runtime.adapter_pool import AdapterPool, LoadedAdapter, open_pool
@@ -16,6 +19,7 @@ from runtime.backends.trt import TrtSession
 from runtime.bundle import Bundle, open_bundle
 from runtime.engines import Target, fitting_engine
 from runtime.errors import InputError
+from runtime.fold import Folding, folding_for
 from runtime.manifest import GraphInfo, Manifest, Mode, OnnxRuntimeForm, Task, VariantInfo
 from runtime.session import SessionSettings, SlotSession
 from runtime.tensorrt import load_tensorrt, this_machine
@@ -45,8 +49,11 @@ class Model:
     graph: GraphInfo  # of requests that name no variant
     session: SlotSession  # of that graph
     text: Text | None  # None: token ids only
-    open_graph: Callable[[GraphInfo], SlotSession]
+    open_graph: Callable[[GraphInfo, Mapping[str, NDArray[Any]]], SlotSession]  # with these in place of stored weights
+    bundle: Bundle
+    backend: str
     others: dict[str, SlotSession] = field(default_factory=dict)  # by graph, opened when first asked for
+    foldings: dict[str, Folding] = field(default_factory=dict)  # by graph, found when first asked for
     turn: Turn = field(default_factory=Turn)
     adapters: AdapterPool | None = None  # where the dynamic graph's adapters are inputs
 
@@ -65,14 +72,30 @@ class Model:
         """The tokens with which the model ends a text."""
         return frozenset(self.manifest.base.eos_token_ids)
 
+    def folding_of(self, graph: str) -> Folding:
+        """How mixes of this graph's experts are folded into the weights of one without; InputError if they cannot."""
+        if self.backend != "ort":
+            raise InputError(
+                "only ONNX Runtime takes weights at run time", where="decode folded", got=self.backend,
+                need="the backend ort", fix="decode frozen", code="E_DECODE",
+            )  # fmt: skip
+        if graph not in self.foldings:
+            [info] = (info for info in self.manifest.graphs if info.name == graph)
+            self.foldings[graph] = folding_for(self.bundle, info)
+        return self.foldings[graph]
+
     def session_of(self, graph: str) -> SlotSession:
         """The session of the graph of this name. The weights they share lie in memory once: files are mapped."""
         if graph == self.graph.name:
             return self.session
         if graph not in self.others:
             [info] = (info for info in self.manifest.graphs if info.name == graph)
-            self.others[graph] = self.open_graph(info)
+            self.others[graph] = self.open_graph(info, {})
         return self.others[graph]
+
+    def open_folded(self, folding: Folding, scalings: NDArray[np.float32]) -> SlotSession:
+        """A new session without experts, this mix [G, E] in its weights; whoever asks for it closes it."""
+        return self.open_graph(folding.plain, folding.weights(scalings))
 
     def load_adapter(self, alias: str, folder: str | Path) -> LoadedAdapter:
         """Load a PEFT LoRA folder under a new name; requests begun from now on may name it. From any thread."""
@@ -144,13 +167,14 @@ def load(
     tokenizer = bundle.manifest.tokenizer
     text = Text(bundle.file(tokenizer.path)) if tokenizer else None
 
-    def open_graph(info: GraphInfo) -> SlotSession:
+    def open_graph(info: GraphInfo, weights: Mapping[str, NDArray[Any]]) -> SlotSession:
         if backend in tuple(Target):
             return engine_session(bundle, info, Target(backend), settings)
         form = info if portable else form_for(info, backend, provider)
-        return open_session(backend, bundle.file(form.path), form.signature, settings)
+        its = replace(settings, weights=weights)
+        return open_session(backend, bundle.file(form.path), form.signature, its)
 
-    return Model(bundle.manifest, info, open_graph(info), text, open_graph, adapters=pool)
+    return Model(bundle.manifest, info, open_graph(info, {}), text, open_graph, bundle, backend, adapters=pool)
 
 
 def form_for(graph: GraphInfo, backend: str, provider: str) -> GraphInfo | OnnxRuntimeForm:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from runtime.decode import StepCount
 from runtime.errors import NumericError
 from runtime.pace import Pace, StepKind
 from runtime.passes import Floats, Ids, Layout, Routing, last_index, nowhere
@@ -62,8 +63,10 @@ class PairedPasses:
         drafters: Sequence[Drafter],
         pace: Pace | None = None,
         adapters: Stack | None = None,
+        steps: StepCount | None = None,
     ) -> None:
         self._session, self._layout, self._pace = session, Layout(session, routings), pace
+        self._steps = steps or StepCount()
         gated = self._layout.gated
         self._drafters = [drafters[row] for row in self._layout.order[:gated]]
         self._always_draws = any(drafter.is_sampled for drafter in self._drafters)
@@ -95,6 +98,7 @@ class PairedPasses:
             running = [draft if runs and fit else None for draft, fit in zip(drafts, fits, strict=True)]
             logits = self._main_pass(layout.main_pass(tokens, counts, gates), running)
         self._drawn = drafts
+        self._steps.exact += 1 + bool(counts[: layout.gated].any())
         return logits[layout.back]
 
     def _judge(self, tokens: Ids, counts: Ids) -> None:
@@ -191,7 +195,9 @@ class PairedPasses:
     def _step(self, kind: StepKind, rows: Rows) -> StepResult:
         is_decoding = rows.tokens.shape[1] == 1
         with self._pace.timed(kind) if self._pace is not None and is_decoding else nullcontext():
-            return self._session.step(rows)
+            result = self._session.step(rows)
+        self._steps.taken += 1
+        return result
 
 
 def _known(ahead: Ahead | None) -> Ahead:

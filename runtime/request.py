@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -9,8 +10,9 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.decode import Divergence
-from runtime.sampling import Draft, Sampler
+from runtime.decode import Divergence, FoldCosts, StepCount
+from runtime.lookup import looked_up
+from runtime.sampling import Draft, Kept, Sampler
 from runtime.text import StopFinder, TextStream
 
 
@@ -42,6 +44,8 @@ class Timings:
     total_seconds: float
     drafts: int = 0  # tokens guessed ahead
     accepted: int = 0  # of these, those that came
+    steps: int = 0  # of its batch until it ended, where drafts were asked for
+    exact_steps: int = 0  # and those that `exact` would have taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,7 @@ class Completion:
     timings: Timings
     variant: str | None  # the one asked for by name
     divergence: Divergence | None = None  # from exact decoding, where it was asked for and scalings were frozen
+    folded: FoldCosts | None = None  # where its scalings were folded
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +88,9 @@ class Request:
         self.finish_reason: FinishReason | None = None
         self.events: list[TokenEvent] = []
         self.divergence: Divergence | None = None
-        self._draft: Draft | None = None  # of the next token
+        self.folded: FoldCosts | None = None
+        self.steps = StepCount()
+        self._ahead: deque[Draft] = deque()  # of the next tokens, each if those before it come
         self._drafts = self._accepted = 0
         self._limits, self._sampler, self._stream = limits, sampler, stream
         self._stops = StopFinder(limits.stop)
@@ -110,21 +117,44 @@ class Request:
         return self._sampler.sampling.temperature > 0
 
     @property
-    def wants_draft(self) -> bool:
-        """Whether a guess of the next token may help: it will be fed back, and the prompt has been."""
-        return not self.is_done and 0 < len(self.events) < self._limits.max_new_tokens - 1
+    def wants_drafts(self) -> int:
+        """How many guesses of the next tokens may help: they will be fed back, and the prompt has been."""
+        return 0 if self.is_done or not self.events else self._limits.max_new_tokens - 1 - len(self.events)
 
-    def draft(self, logits: NDArray[np.float32]) -> int:
-        """Guess the next token from the scaling pass's logits [V]; `accept` then takes it or leaves it."""
-        self._draft = self._sampler.draft(logits)
-        self._drafts += 1
-        return self._draft.token_id
+    @property
+    def wants_draft(self) -> bool:
+        """Whether a guess of the next token may help."""
+        return self.wants_drafts > 0
+
+    def draft(self, logits: NDArray[np.float32], place: int = 0) -> int:
+        """Guess the token `place` after the next from the scaling pass's logits [V]; `accept` takes it or leaves it.
+
+        Guesses from that place on that were there are forgotten.
+        """
+        draft = self._sampler.draft(logits)
+        self._guess([*self._ahead][:place], [draft])
+        return draft.token_id
+
+    def look_up(self, count: int) -> list[int]:
+        """Guess the next tokens by what followed the last ones earlier in the text, at most `count`."""
+        found = looked_up([*self.prompt, *(event.token_id for event in self.events)], count)
+        certain = self._sampler.sampling.temperature == 0
+        one = np.ones(1)
+        self._guess([], [Draft(token, None if certain else Kept(np.array([token]), one)) for token in found])
+        return found
+
+    def _guess(self, before: Sequence[Draft], new: Sequence[Draft]) -> None:
+        self._ahead = deque([*before, *new])
+        self._drafts += len(new)
 
     def accept(self, logits: NDArray[np.float32], seconds: float) -> TokenEvent:
         """Choose the next token from logits [V] and settle what it means."""
-        token_id = self._sampler.choose(logits, self._draft)
-        self._accepted += self._draft is not None and self._draft.token_id == token_id
-        self._draft = None
+        draft = self._ahead.popleft() if self._ahead else None
+        token_id = self._sampler.choose(logits, draft)
+        if draft is not None and draft.token_id == token_id:
+            self._accepted += 1
+        else:
+            self._ahead.clear()  # they follow what did not come
         text = self._settle(token_id)
         event = TokenEvent(self.number, token_id, text, self.finish_reason, seconds)
         self.events.append(event)
@@ -138,9 +168,19 @@ class Request:
             token_ids=tuple(event.token_id for event in self.events),
             text="".join(event.text for event in self.events),
             finish_reason=self.finish_reason,
-            timings=Timings(len(self.prompt), len(self.events), first, last, self._drafts, self._accepted),
+            timings=Timings(
+                len(self.prompt),
+                len(self.events),
+                first,
+                last,
+                self._drafts,
+                self._accepted,
+                self.steps.taken,
+                self.steps.exact,
+            ),
             variant=self.variant,
             divergence=self.divergence,
+            folded=self.folded,
         )
 
     def _settle(self, token_id: int) -> str:

@@ -54,7 +54,7 @@ class SchedulerOptions:
 
 def can_schedule(decode: Decode) -> bool:
     """Whether rows under it may come and go: what their passes remember is in their slots, or can be computed anew."""
-    return decode.mode in (DecodeMode.EXACT, DecodeMode.PAIRED, DecodeMode.AUTO)
+    return decode.mode in (DecodeMode.EXACT, DecodeMode.PAIRED, DecodeMode.AUTO) and decode.drafts == 1
 
 
 @dataclass(frozen=True, slots=True)

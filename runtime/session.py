@@ -35,6 +35,7 @@ class StepLimits:
     rows: int = sys.maxsize  # of one step
     decode_rows: int = sys.maxsize  # of a step of one token a row
     tokens: int = sys.maxsize  # of one row of a step
+    logits: int = sys.maxsize  # positions of a row of which a step gives logits
     fix: str = ""  # what raises them, where they are not the model's own
 
 

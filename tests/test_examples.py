@@ -109,6 +109,24 @@ def test_pairs_of_variants_in_one_batch_are_as_alone(folder: Path) -> None:
     ties.check(share=0)
 
 
+@pytest.mark.parametrize("prompts", [120, pytest.param(4_000, marks=pytest.mark.long)])
+def test_drafts_never_change_the_demos_tokens(folder: Path, prompts: int) -> None:
+    """Of a trained model no step is a tie; where every draft is wrong, none is found to be right."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from compare_decoding import WAYS, compare, some_prompts
+
+    texts = some_prompts(prompts, seed=5)
+    assert len(set(texts)) == len(texts) > 0.7 * prompts
+    with load(built(folder), threads=1) as model:
+        results = compare(model, texts, WAYS, 16)
+    assert [result.decode for result in results] == list(WAYS)
+    for result in results:
+        assert (result.wrong, result.ties) == ([], 0), result
+        assert result.tokens > 3 * len(texts)
+        assert 0 < result.accepted < result.drafts
+        assert result.steps > 0.5
+
+
 def built(folder: Path) -> Path:
     """The demo's bundle, which the README's commands may have left."""
     bundle = folder / "out" / "four-tasks"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,13 +11,12 @@ from numpy.typing import NDArray
 
 from exporter.analysis.stored_weights import StoredWeights
 from exporter.errors import ExportError
-from exporter.gated import joined_path
 from exporter.sites import SiteKind, is_transposed
 from exporter.store import TRANSPOSED
 from runtime.manifest import Manifest, SiteInfo
+from runtime.site_groups import LORA_A, LORA_B, find_groups, joined_path
 
 Floats = NDArray[np.float32]
-LORA_A, LORA_B = ".lora_a", ".lora_b"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,11 @@ class StoredExperts:
 
     def __init__(self, manifest: Manifest, weights: StoredWeights) -> None:
         self._sites, self._weights = manifest.sites, weights
-        self._group_of = {site: group for group in find_groups(manifest, weights) for site in group}
+        self._group_of = {
+            site: group
+            for group in find_groups([site.path for site in manifest.sites], weights.names)
+            for site in group
+        }
         self._scale_of = column_scales(manifest, weights, list(dict.fromkeys(self._group_of.values())))
 
     def __iter__(self) -> Iterator[SiteDeltas]:
@@ -88,28 +91,6 @@ def tied_embedding(site: SiteInfo, weights: StoredWeights) -> Floats:
 def has_experts(manifest: Manifest, weights: StoredWeights) -> bool:
     """Whether the store holds the experts; adapters may be inputs of the graph instead."""
     return bool(manifest.sites) and any(name.removesuffix(TRANSPOSED).endswith(LORA_A) for name in weights.names)
-
-
-def find_groups(manifest: Manifest, weights: StoredWeights) -> list[tuple[str, ...]]:
-    """The sites that share one stacked a, groups in the order of their first sites."""
-    paths = [site.path for site in manifest.sites]
-    names = [name.removesuffix(TRANSPOSED) for name in weights.names]
-    found = [split_path(name.removesuffix(LORA_A), paths) for name in names if name.endswith(LORA_A)]
-    missing = set(paths) - {path for group in found for path in group}
-    if missing:
-        raise ExportError("no stacked a of some sites", got=", ".join(sorted(missing)[:5]), code="E_BUNDLE")
-    return sorted(found, key=lambda group: paths.index(group[0]))
-
-
-def split_path(joined: str, paths: Collection[str]) -> tuple[str, ...]:
-    """ "h.0.attn.q+k" -> ("h.0.attn.q", "h.0.attn.k"): joined_path, undone by trying where the common part ends."""
-    first, *others = joined.split("+")
-    parts = first.split(".")
-    for common in range(len(parts)):
-        group = (first, *(".".join([*parts[:common], other]) for other in others))
-        if all(path in paths for path in group) and joined_path(group) == joined:
-            return group
-    raise ExportError("belongs to no site of the manifest", where=f"{joined}{LORA_A}", code="E_BUNDLE")
 
 
 def column_scales(

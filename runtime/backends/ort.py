@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class OrtSession:
         self._plans: dict[tuple[object, ...], Plan] = {}
         self._inputs = frozenset(spec.name for spec in adapter_inputs(signature))
         self._adapters: Stack | None = None
-        self._engine = open_engine(graph, settings)
+        self._engine, self._weights = open_engine(graph, settings), settings.weights  # which it reads in place
         self._copies = PROVIDERS[settings.provider] != (CPU,)  # a GPU's provider copies an input when it is bound
         self.provider = what_runs(self._engine, settings.provider)
         check_signature(
@@ -141,6 +142,24 @@ class OrtSession:
         """Drop a slot's last entries down to `length`; the memory stays as it is."""
         self._slots.truncate(slot, length)
 
+    def entries(self, slot: int) -> dict[str, Array]:
+        """Copies [H, length, D] of the K/V that a slot holds, by cache input."""
+        held = int(self._slots.lengths[slot])
+        return {
+            name: group.memory[number, slot, :, :held].copy()
+            for group in self._caches.groups
+            for number, name in enumerate(group.inputs)
+        }
+
+    def restore(self, slot: int, entries: Mapping[str, Array]) -> None:
+        """Fill a slot with `entries` of another session, whose graph has the same caches."""
+        held = len(next(iter(entries.values()))[0])
+        self._reserve(held)
+        for group in self._caches.groups:
+            for number, name in enumerate(group.inputs):
+                group.memory[number, slot, :, :held] = entries[name]
+        self._slots.lengths[slot] = held
+
     def reset(self) -> None:
         """Empty all slots, keeping their memory: it holds nothing but finite numbers, and those are masked."""
         self._slots.reset()
@@ -148,7 +167,7 @@ class OrtSession:
     def close(self) -> None:
         """Free the engine and the caches."""
         self.allocate(0)
-        self._engine = None
+        self._engine, self._weights = None, {}
 
     def _reserve(self, needed: int) -> None:
         if self._caches.reserve(needed):

@@ -413,6 +413,7 @@ def step_limits(profiles: Sequence[ProfileInfo], max_positions: int, capacity_st
         rows=min(profile.ranges["B"].max for profile in profiles),
         decode_rows=max((profile.ranges["B"].max for profile in profiles if profile.ranges["S"].min == 1), default=0),
         tokens=tokens,
+        logits=min((profile.ranges["K"].max for profile in profiles if "K" in profile.ranges), default=1),
         fix="build the engine with a larger --max-context" if context < max_positions else "",
     )
 

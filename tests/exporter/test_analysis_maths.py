@@ -15,12 +15,13 @@ from exporter.analysis.graph_costs import GraphCounter, Part, evaluated, part_of
 from exporter.analysis.plots import starts_of
 from exporter.analysis.report import Choice, ExpertStudy, VariantScore
 from exporter.analysis.static_mix import mean_mixes, recommend
-from exporter.analysis.stored_experts import Factors, SiteDeltas, split_path
+from exporter.analysis.stored_experts import Factors, SiteDeltas
 from exporter.errors import ExportError
-from exporter.gated import joined_path
+from runtime.errors import InputError
 from runtime.manifest import SiteInfo
 from runtime.mix_file import MixFile
 from runtime.signature import Signature, TensorSpec
+from runtime.site_groups import joined_path, split_path
 
 RNG = np.random.default_rng(7)
 
@@ -332,7 +333,7 @@ def test_stacks_of_matrices_are_counted_once_each() -> None:
 def test_joined_paths_are_taken_apart_again(group: tuple[str, ...]) -> None:
     paths = ["h.0.attn.q", "h.0.attn.k", "h.0.attn.v", "lm_head", "h.0.a.q", "h.0.b.k", "h.1.mlp.up", "h.0.k"]
     assert split_path(joined_path(group), [*paths, *group]) == group
-    with pytest.raises(ExportError, match="belongs to no site of the manifest"):
+    with pytest.raises(InputError, match="belongs to no site of the manifest"):
         split_path(joined_path(group) + "x", paths)
 
 

@@ -16,7 +16,7 @@ from exporter.analysis.analyze import AnalyzeSpec, analyze, open_all
 from exporter.analysis.compression import quantized
 from exporter.analysis.compression_study import Study, compared, initializer_name, linear_sites
 from exporter.analysis.graph_costs import GraphCounter, Part
-from exporter.analysis.stored_experts import StoredExperts, column_scales, find_groups
+from exporter.analysis.stored_experts import StoredExperts, column_scales
 from exporter.analysis.stored_weights import StoredWeights
 from exporter.build_bundle import build
 from exporter.errors import ExportError
@@ -29,6 +29,7 @@ from runtime.errors import InputError
 from runtime.manifest import VerifyLevel
 from runtime.mix_file import scalings_from_file
 from runtime.routers import RouterKind
+from runtime.site_groups import find_groups
 from tests.exporter.analysed import Analysed, add_tokenizer, write_data
 from tests.exporter.checkpoint_makers import write_base, write_dora, write_lora
 from tests.exporter.tiny_builds import (
@@ -186,7 +187,7 @@ class Scaleless(StoredWeights):
 def test_columns_are_checked_against_the_manifest_but_those_without_a_scale(analysed: Analysed) -> None:
     bundle = analysed.built.bundle
     weights = Scaleless(bundle)
-    groups = find_groups(bundle.manifest, weights)
+    groups = find_groups([site.path for site in bundle.manifest.sites], weights.names)
     scales = column_scales(bundle.manifest, weights, groups)
     assert {path: len(scale) for path, scale in scales.items()} == {
         site.path: sum(site.ranks) for site in bundle.manifest.sites

@@ -13,9 +13,10 @@ from torch import nn
 from exporter.adapters import AdapterSet, Expert, LoraDelta
 from exporter.dynamic import grouped_by_input, replaced
 from exporter.errors import ExportError
-from exporter.gated import Columns, StepState, gated_modules, joined_path
+from exporter.gated import Columns, StepState, gated_modules
 from exporter.reference import LOOPED, LoopedEmbedding, LoopedModule, _Scalings
 from exporter.sites import SiteKind, stack
+from runtime.site_groups import joined_path
 from tests.exporter.test_gate import config
 from tests.exporter.tiny_builds import difference
 

@@ -45,7 +45,7 @@ def test_json_prints_one_object_a_prompt(bundle: Path, tmp_path: Path, capsys: p
     assert [line["text"] for line in got] == [completion.text for completion in want]
     assert [line["finish_reason"] for line in got] == ["length"] * 3
     assert got[1]["timings"]["prompt_tokens"] == 3
-    assert set(got[0]) == {"token_ids", "text", "finish_reason", "timings", "variant", "divergence"}
+    assert set(got[0]) == {"token_ids", "text", "finish_reason", "timings", "variant", "divergence", "folded"}
     assert (
         err == "graph dynamic (dynamic, portable) on cpu; verified, level full, stage A; stage B: not needed (fp32)\n"
     )
@@ -106,10 +106,11 @@ def test_the_way_of_decoding_is_chosen_and_its_success_told(bundle: Path, capsys
 
     exact, nothing = told("--decode", "exact")
     assert nothing == []
-    for more in (["--decode", "paired"], ["--decode", "auto"], [], ["--decode", "paired", "--stream"]):
+    ways = [["--decode", way] for way in ("paired", "auto", "paired:3", "lookup:4")]
+    for more in ([], *ways, ["--decode", "paired", "--stream"]):
         out, [line] = told(*more)
         assert out == exact
-        assert re.fullmatch(r"drafts: \d+ of \d+ came true \(\d+%\)", line)
+        assert re.fullmatch(r"drafts: \d+ of \d+ came true \(\d+%\); \d+% of the steps of exact", line)
     assert "of 36 came" in told("--decode", "paired")[1][0]
     number = r"\d[\d.e-]*"
     pattern = rf"frozen scalings \(approximate\): KL to exact {number} nats a token, the same top token {number}%; of "
@@ -168,7 +169,7 @@ def test_ids_are_printed_where_there_is_no_tokenizer(tmp_path: Path, capsys: pyt
         (["--prompt", "a", "--stop", ""], "error: a stop string is empty"),
         (
             ["--prompt", "a", "--decode", "fast"],
-            "error: no such way to decode; got 'fast'; need exact, paired, frozen,",
+            "error: no such way to decode; got 'fast'; need exact, paired[:K],",
         ),
         (
             ["--prompt", "a", "--freeze", "mean"],

@@ -255,6 +255,11 @@ def test_a_text_that_ends_before_the_scalings_stay_has_no_distance(model: Model)
         ("frozen", None, Decode(DecodeMode.FROZEN)),
         ("frozen:0", "last", Decode(DecodeMode.FROZEN)),
         ("frozen:12", "mean", Decode(DecodeMode.FROZEN, 12, Freeze.MEAN)),
+        ("folded", None, Decode(DecodeMode.FOLDED)),
+        ("folded:3", "mean", Decode(DecodeMode.FOLDED, 3, Freeze.MEAN)),
+        ("paired:3", None, Decode(DecodeMode.PAIRED, drafts=3)),
+        ("lookup", None, Decode(DecodeMode.LOOKUP, drafts=8)),
+        ("lookup:64", None, Decode(DecodeMode.LOOKUP, drafts=64)),
     ],
 )
 def test_words(text: str, freeze: str | None, decode: Decode) -> None:
@@ -262,11 +267,13 @@ def test_words(text: str, freeze: str | None, decode: Decode) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "Exact", "pair", "exact:3", "auto:", "frozen:", "frozen:-1", "frozen:1.5", "frozen:²"]
+    "text",
+    ["", "Exact", "pair", "exact:3", "auto:", "frozen:", "frozen:-1", "frozen:1.5", "frozen:²", "auto:2", "lookup:"],
 )
 def test_other_words_are_refused(text: str) -> None:
     with pytest.raises(
-        InputError, match=r"no such way to decode; got .*; need exact, paired, frozen, frozen:K or auto"
+        InputError,
+        match=r"no such way to decode; got .*; need exact, (\w+\[:K\], ){3}folded\[:K\] or auto",
     ):
         GenerateOptions(decode=text)
 
@@ -274,10 +281,17 @@ def test_other_words_are_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "freeze", "message"),
     [
+        ("lookup", "last", "only frozen scalings are frozen; got 'freeze last with decode lookup'"),
+        ("paired:0", None, "that many drafts at a time cannot be; got 'paired:0'; need paired:K with K from 1 to 64"),
+        ("lookup:65", None, "that many drafts at a time cannot be; got 'lookup:65'; need lookup:K with K from 1 to 64"),
         ("frozen", "first", "no such way to freeze; got 'first'; need last or mean"),
-        ("exact", "last", "only frozen scalings are frozen; got 'freeze last with decode exact'; need decode frozen"),
+        (
+            "exact",
+            "last",
+            "only frozen scalings are frozen; got 'freeze last with decode exact'; need decode frozen or folded",
+        ),
     ],
 )
-def test_other_freezes_are_refused(text: str, freeze: str, message: str) -> None:
+def test_other_settings_are_refused(text: str, freeze: str | None, message: str) -> None:
     with pytest.raises(InputError, match=message):
         decode_from_text(text, freeze)

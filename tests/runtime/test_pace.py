@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,33 @@ def test_it_begins_with_drafts_and_then_times_the_other_way() -> None:
     assert drafted[-1]
 
 
+def test_the_first_step_of_each_kind_does_not_count() -> None:
+    """It binds memory, and there may be no second one for long."""
+    pace = Decoding(BOUND_BY_MEMORY).pace
+    for kind in StepKind:
+        with pace.timed(kind):
+            pass
+        assert not pace._seconds[kind]
+        with pace.timed(kind):
+            pass
+        assert len(pace._seconds[kind]) == 1
+
+
+def test_tokens_without_drafts_are_tried_until_both_passes_were_timed() -> None:
+    """The first has its gate from the draft before it, the second binds the scaling pass, the third times it."""
+    assert Decoding(BOUND_BY_MEMORY).tokens(STRETCH + 4, 1.0)[STRETCH:] == [False, False, False, True]
+
+
+def test_a_stretch_after_which_no_draft_met_its_token_is_tried_again() -> None:
+    """No share can be made of no drafts."""
+    pace = Decoding(BOUND_BY_MEMORY).pace
+    for _ in range(2):
+        for kind in StepKind:
+            with pace.timed(kind):
+                pass
+    assert [pace.drafts(1) for _ in range(3 * STRETCH)] == [True] * 3 * STRETCH
+
+
 def test_without_drafts_it_tries_a_stretch_now_and_then() -> None:
     drafted = Decoding(BOUND_BY_MEMORY).tokens(1_000, 0.0)[100:]
     stretches = [len(part) for part in "".join("01"[each] for each in drafted).split("0") if part]
@@ -132,6 +160,27 @@ def test_a_step_that_failed_is_not_timed() -> None:
     with pytest.raises(ValueError, match="no"), pace.timed(StepKind.MAIN):
         raise ValueError("no")
     assert not pace._timed_at
+
+
+def test_drafts_of_rows_that_ended_are_no_misses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts of zeros: every draft that meets a token comes true. Half of the rows end with a draft in hand."""
+    seen: list[bool] = []
+    saw_draft = Pace.saw_draft
+    monkeypatch.setattr(
+        Pace, "saw_draft", lambda self, *, came_true: seen.append(came_true) or saw_draft(self, came_true=came_true)
+    )
+    weights = {n: a * (not n.startswith("expert")) for n, a in tiny_weights(BYTE_SHAPE).items()}
+    prompts = [[1, 2], [3], [4], [5, 6, 7]]
+    with load(tiny_bundle(tmp_path / "b", weights=weights, end=()), threads=1) as model:
+        options = GenerateOptions(max_new_tokens=10, decode="auto")
+        free = [each.token_ids for each in complete(model, prompts, options)]
+        seen.clear()
+        stop = tuple(text[4] for text in free[:2])
+        found = complete(model, prompts, dataclasses.replace(options, stop_token_ids=stop))
+    assert len({len(each.token_ids) for each in found}) > 1
+    assert all(seen)
+    came = [each.timings.accepted for each in found]
+    assert len(seen) == sum(came) - sum(each.finish_reason == "stop" for each in found if each.timings.accepted)
 
 
 # --- in a generation ------------------------------------------------------------------------------

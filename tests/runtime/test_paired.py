@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from runtime import Completion, GenerateOptions, Model, NumericError, Routed, complete, load
+from runtime import GenerateOptions, Model, NumericError, Routed, complete, load
 from runtime.backends.null import NullSession
 from runtime.backends.ort import OrtSession
 from runtime.decode import Decode, DecodeMode
-from runtime.generate import generate
+from runtime.generate import generate, prepare
 from runtime.ladder import open_ladder
 from runtime.paired import Ahead, PairedPasses
 from runtime.passes import ExactPasses, Passes, Routing
@@ -24,9 +24,10 @@ from runtime.session import SessionSettings, StepLimits
 from runtime.signature import CacheStyle
 from runtime.stacks import Stack
 from tests.runtime import fake_tensorrt
+from tests.runtime.compared_decoding import compare, draft_anything, random_prompts
 from tests.runtime.tiny_bundles import BYTE_SHAPE, SCALING_PASS, tiny_bundle
 from tests.runtime.tiny_graphs import TinyShape, open_tiny, tiny_weights
-from tests.same_tokens import Logits, Ties, seen_logits
+from tests.same_tokens import Ties
 
 WEIGHTS = tiny_weights(BYTE_SHAPE)
 SMALL = TinyShape(vocab=40, max_positions=40)
@@ -48,29 +49,6 @@ def steps(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[Rows]:
     step = model.session.step
     monkeypatch.setattr(model.session, "step", lambda rows: seen.append(rows) or step(rows))
     return seen
-
-
-def logits_of(
-    model: Model, prompts: Sequence[Any], options: GenerateOptions
-) -> tuple[dict[int, Logits], list[Completion]]:
-    with seen_logits() as seen:
-        found = complete(model, prompts, options)
-    return seen, found
-
-
-def compare(
-    model: Model, prompts: Sequence[Any], options: GenerateOptions, decode: str, ties: Ties
-) -> list[Completion]:
-    """One batch in both ways."""
-    want, _ = logits_of(model, prompts, dataclasses.replace(options, decode="exact"))
-    got, found = logits_of(model, prompts, dataclasses.replace(options, decode=decode))
-    for number in want:
-        ties.compare(want[number], got[number], f"prompt {number}, {decode}")
-    return found
-
-
-def random_prompts(random: np.random.Generator, count: int, vocab: int, longest: int = 9) -> list[list[int]]:
-    return [random.integers(0, vocab, random.integers(1, longest)).tolist() for _ in range(count)]
 
 
 @dataclasses.dataclass
@@ -142,16 +120,6 @@ def test_rows_may_fill_all_positions(model: Model, decode: str) -> None:
     found = compare(model, [[3] * 198, [4] * 190, [1], [2] * 200], GenerateOptions(), decode, ties)
     assert [len(each.token_ids) for each in found] == [3, 11, 128, 1]
     ties.check()
-
-
-def draft_anything(monkeypatch: pytest.MonkeyPatch, guess: Callable[[], int]) -> None:
-    """Greedy requests guess this."""
-    draft = Request.draft
-
-    def drafted(self: Request, logits: Any) -> int:
-        return draft(self, np.eye(len(logits), dtype=np.float32)[guess()])
-
-    monkeypatch.setattr(Request, "draft", drafted)
 
 
 @pytest.mark.parametrize("decode", WAYS)
@@ -372,6 +340,43 @@ def test_a_draft_with_bad_numbers_is_dropped(tmp_path: Path, monkeypatch: pytest
         assert [each.token_ids for each in complete(model, PROMPTS, PAIRED)] == want
 
 
+def test_only_the_draft_with_bad_numbers_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others run, and, experts being zeros, come true: their rows need no scaling pass."""
+    never = 299
+    weights = {name: array * (not name.startswith("expert")) for name, array in WEIGHTS.items()}
+    weights["embed"] = weights["embed"].copy()
+    weights["embed"][never] = np.nan
+    draft = Request.draft
+
+    def drafted(self: Request, logits: Any, place: int = 0) -> int:
+        return draft(self, np.eye(len(logits), dtype=np.float32)[never] if self.number == 1 else logits, place)
+
+    monkeypatch.setattr(Request, "draft", drafted)
+    with load(tiny_bundle(tmp_path / "b", weights=weights, end=()), threads=1) as model:
+        steps: list[Rows] = []
+        step = model.session.step
+        monkeypatch.setattr(model.session, "step", lambda rows: steps.append(rows) or step(rows))
+        found = complete(model, PROMPTS, PAIRED)
+    assert [each.timings.accepted for each in found] == [10, 0, 10, 10]
+    caught_up = [rows.counts.tolist() for rows in steps[3:] if rows.slots == slice(0, 4)]
+    assert caught_up == [[0, 1, 0, 0]] * 10
+
+
+def test_a_prompt_of_one_token_is_not_drafted_after(model: Model, steps: list[Rows]) -> None:
+    """It looks like a token that came; but nothing did, so a draft would be of the first new token."""
+    [found] = complete(model, [[7]], PAIRED)
+    assert found.timings.drafts == 10
+    assert [(len(rows.counts), rows.logit_index.shape[1]) for rows in steps[:3]] == [(1, 0), (1, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("decode", WAYS)
+def test_a_request_with_no_token_yet_wants_no_draft(model: Model, decode: str) -> None:
+    [request], events = prepare(model, [[7]], dataclasses.replace(EXACT, decode=decode))
+    assert (request.wants_draft, request.wants_drafts) == (False, 0)
+    wanted = [request.wants_drafts for _ in events]
+    assert wanted == [10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 0]
+
+
 def test_bad_numbers_of_a_token_that_comes_name_its_prompt(tmp_path: Path) -> None:
     with load(tiny_bundle(tmp_path / "good", end=()), threads=1) as model:
         good = [each.token_ids for each in complete(model, PROMPTS, EXACT)]
@@ -446,4 +451,4 @@ def test_adapters_reach_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
     request: Any = type("Asked", (), {"prompt": (1,), "is_sampled": False})
     for mode in DecodeMode:
         open_ladder(session, [routing] * 2, [request] * 2, Decode(mode), stack)
-    assert given == [(4, stack)] * 4
+    assert given == [(4, stack)] * len(DecodeMode)
