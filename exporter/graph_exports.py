@@ -10,11 +10,12 @@ import torch
 
 from exporter.encoder import signature_of as encoder_signature_of
 from exporter.gate import Gate
-from exporter.graphs import OPSETS, Exported, GraphPlan, export_graph
+from exporter.graphs import Exported, GraphPlan, export_graph
 from exporter.hot_build import initial_stack, stack_weights
 from exporter.merges.merge import SiteMerge, settled
 from exporter.model_facts import signature_shape
-from exporter.parts import Parts
+from exporter.parts import Parts, quantizer_of
+from exporter.quantization import Quantizer
 from exporter.router_choice import settled_router
 from exporter.sites import Site
 from exporter.spec import BuildSpec, CacheChoice, DType, OpChoice, VariantSpec
@@ -44,12 +45,18 @@ def export_graphs(
     """
     root.mkdir(exist_ok=True)
     store = WeightStore(root)
-    graphs = [export_dynamic(parts, spec, dtype, store)] if Mode.DYNAMIC in spec.modes else []
-    graphs += [export_static(parts, spec, variant, dtype, store, twin) for variant in static_variants(spec)]
+    quantizer = quantizer_of(parts, spec)
+    if quantizer is not None:
+        quantizer = replace(quantizer, twin=twin)
+    graphs = [export_dynamic(parts, spec, dtype, store, quantizer)] if Mode.DYNAMIC in spec.modes else []
+    for variant in static_variants(spec):
+        graphs.append(export_static(parts, spec, variant, dtype, store, twin, quantizer))
     return graphs
 
 
-def export_dynamic(parts: Parts, spec: BuildSpec, dtype: DType, store: WeightStore) -> Exported:
+def export_dynamic(
+    parts: Parts, spec: BuildSpec, dtype: DType, store: WeightStore, quantizer: Quantizer | None = None
+) -> Exported:
     """The gated graph. G = number of sites with a layerwise gate or mixes by site, else 1."""
     gate = parts.gate
     scalings = len(parts.sites) if has_row_per_site(spec, parts.inputs.adapters) else 1
@@ -60,7 +67,15 @@ def export_dynamic(parts: Parts, spec: BuildSpec, dtype: DType, store: WeightSto
         stack = initial_stack(parts.hot, parts.inputs.adapters, dtype.value)
         store.write(Path(STACK_PATH).stem, stack_weights(stack, dtype.value))
     plan = GraphPlan(
-        "dynamic", signature, spec.emit, parts.sites, gate, spec.site_op, router, encoder=parts.inputs.encoder
+        "dynamic",
+        signature,
+        spec.emit,
+        parts.sites,
+        gate,
+        spec.site_op,
+        router,
+        encoder=parts.inputs.encoder,
+        quantizer=quantizer,
     )
     return Exported(
         graph_info(plan, Mode.DYNAMIC, None, plugins_of(spec, gate)), export_graph(parts.model, plan, store), store
@@ -79,7 +94,13 @@ def signature_for(parts: Parts, spec: BuildSpec, dtype: DType, scalings: int, *,
 
 
 def export_static(
-    parts: Parts, spec: BuildSpec, variant: VariantSpec, dtype: DType, store: WeightStore, twin: WeightStore | None
+    parts: Parts,
+    spec: BuildSpec,
+    variant: VariantSpec,
+    dtype: DType,
+    store: WeightStore,
+    twin: WeightStore | None,
+    quantizer: Quantizer | None = None,
 ) -> Exported:
     """The plain base graph with the mix folded in; only the changed tensors are stored anew."""
     model, name, experts = parts.model, variant.name, parts.inputs.adapters.experts
@@ -94,7 +115,15 @@ def export_static(
     if twin:
         changed = rounded_weights(twin, torch_dtype, name)
     with untied(model, sites, [weight for weight in new if new[weight].rows is None]) as partners:
-        plan = GraphPlan(name, signature, spec.emit, changed=changed, partners=partners, encoder=parts.inputs.encoder)
+        plan = GraphPlan(
+            name,
+            signature,
+            spec.emit,
+            changed=changed,
+            partners=partners,
+            encoder=parts.inputs.encoder,
+            quantizer=quantizer,
+        )
         info = static_info(graph_info(plan, Mode.STATIC, None), variant.mix, merge)
         return Exported(info, export_graph(model, plan, store), store, in_site_order(sites, measures))
 
@@ -135,7 +164,7 @@ def graph_info(plan: GraphPlan, mode: Mode, mix: dict[str, float] | None, plugin
         name=plan.name,
         mode=mode,
         emit=plan.emit,
-        opset=OPSETS[plan.emit],
+        opset=plan.opset,
         path=f"{plan.name}.onnx",
         signature=plan.signature,
         mix=mix,

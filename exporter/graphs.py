@@ -19,6 +19,7 @@ from exporter.gated import DoraModule, Down, GatedModule, PluginModule
 from exporter.merges.merge import SiteMerge
 from exporter.passes.instantiate_blocks import InstantiateBlocksPass
 from exporter.passes.pipeline import run_passes
+from exporter.quantization import Quantizer, StoredPart, quantize_graph, stored_parts
 from exporter.sites import Site
 from exporter.spec import OpChoice
 from exporter.store import TRANSPOSED, Weight, WeightStore, transposed, weight_from_tensor
@@ -29,6 +30,7 @@ from runtime.routers import RouterInfo
 from runtime.signature import SCALINGS, Signature
 
 OPSETS = {Emit.PORTABLE: 18, Emit.MODERN: 24}
+QUANTIZED_OPSET = 21  # the first whose DequantizeLinear has blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,12 @@ class GraphPlan:
     changed: Mapping[str, Weight] = field(default_factory=dict)
     partners: Mapping[str, str] = field(default_factory=dict)
     encoder: EncoderInfo | None = None  # None: a decoder
+    quantizer: Quantizer | None = None  # None: all weights are floats
+
+    @property
+    def opset(self) -> int:
+        """Of ONNX's own operators."""
+        return max(OPSETS[self.emit], QUANTIZED_OPSET) if self.quantizer else OPSETS[self.emit]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +81,17 @@ def export_graph(model: PreTrainedModel, plan: GraphPlan, store: WeightStore) ->
         graph, blocks = traced_blocks(traced, plan, names, lie_upright)
     transposes = {name: f"{name}{TRANSPOSED}" for name in tensors if name not in lie_upright}
     run_passes(graph, names, transposes, plan.emit, blocks)
+    rounded = quantized_weights(graph, plan, model, tensors)
     read = initializers(graph, tensors)
     base = frozenset(base_names.values())
-    store.write("base", [weight for name, weight in read.values() if name in base and name not in plan.changed])
-    store.write("adapters", [weight for name, weight in read.values() if name not in base])
-    store.write(plan.name, [weight for name, weight in read.values() if name in plan.changed])
+    stored = [*read.values(), *((part.parameter, part.weight) for part in rounded)]
+    store.write("base", [weight for name, weight in stored if name in base and name not in plan.changed])
+    store.write("adapters", [weight for name, weight in stored if name not in base])
+    store.write(plan.name, [weight for name, weight in stored if name in plan.changed])
+    for part in rounded:
+        value = graph.graph.initializers[part.initializer]
+        value.const_value = store.external(part.weight.name, part.packed)
+        value.const_value.name = part.initializer
     for initializer, (_, weight) in read.items():
         value = graph.graph.initializers[initializer]
         value.const_value = store.external(weight.name)
@@ -87,6 +101,22 @@ def export_graph(model: PreTrainedModel, plan: GraphPlan, store: WeightStore) ->
     return graph
 
 
+def quantized_weights(
+    graph: ir.Model, plan: GraphPlan, model: PreTrainedModel, tensors: Mapping[str, Weight]
+) -> list[StoredPart]:
+    """What is to be stored of the quantised weights, which the graph reads through DequantizeLinear from here on."""
+    if plan.quantizer is None:
+        return []
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameter_of = {path: names[id(model.get_submodule(path).weight)] for path in plan.quantizer.info.modules}
+    return [
+        part
+        for weight in quantize_graph(graph, plan.quantizer, parameter_of)
+        for dtype in [tensors[weight.parameter].dtype]
+        for part in stored_parts(weight, tensors[weight.parameter], dtype, plan.quantizer)
+    ]
+
+
 def traced_blocks(
     traced: TracedModel | TracedEncoder, plan: GraphPlan, names: Mapping[str, str], lie_upright: Collection[str]
 ) -> tuple[ir.Model, InstantiateBlocksPass | None]:
@@ -94,7 +124,7 @@ def traced_blocks(
 
     `names`: traced name of a parameter -> ours; `lie_upright`: ours of those that are stored as they are.
     """
-    opset, blocks = OPSETS[plan.emit], None
+    opset, blocks = plan.opset, None
     if isinstance(traced, TracedModel) and not traced.hot:
         own = {name.removeprefix(f"{MODEL}."): ours for name, ours in names.items()}
         blocks = find_blocks(traced.model, own, lambda name: (name in lie_upright, name in plan.changed))
@@ -121,6 +151,7 @@ def traced_as(
         with_plugin=plan.site_op is OpChoice.PLUGIN,
         router=plan.router,
         hot=[spec.name for spec in adapter_inputs(plan.signature)],
+        apart=plan.quantizer.products if plan.quantizer else (),
     )
 
 

@@ -104,7 +104,8 @@ def replay_graph(
     bundle: Bundle, graph: GraphInfo, cases: Sequence[GoldenCase], threads: int | None
 ) -> tuple[Check, ...]:
     """One graph's cases in a fresh session."""
-    settings = SessionSettings(bundle.manifest.base.max_positions, threads=threads)
+    manifest = bundle.manifest
+    settings = SessionSettings(manifest.base.max_positions, threads=threads, quantization=manifest.quantization)
     session = open_session("ort", bundle.file(graph.path), graph.signature, settings)
     try:
         return replay_golden(session, cases, bundle.manifest.base.dtype, stored_stack(bundle, graph))

@@ -90,6 +90,8 @@ def spec_from_manifest(manifest: Manifest, sources: BuildSpec) -> BuildSpec:
         pooling=manifest.encoder.pooling if manifest.encoder else None,
         normalize=manifest.encoder.normalize if manifest.encoder and manifest.encoder.pooling else None,
         dtype=DType(manifest.base.dtype),
+        quantize=manifest.quantization,
+        accept_loss=True,  # what it costs was accepted when the bundle was built
         cache=CacheChoice.NONE if first.signature.cache_style is CacheStyle.NONE else CacheChoice.KV,
         topk_softmax=manifest.gate.topk_softmax if manifest.gate and manifest.gate.softmax_topk else None,
     )
