@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from exporter.calibration import calibrate
 from exporter.describe import describe
 from exporter.external_data import check_external_data
 from exporter.graph_exports import export_graphs, static_rows
@@ -32,6 +33,7 @@ from runtime.encode_golden import ENCODED_PATH, EncodedCase, EncodedGolden
 from runtime.engines import Target
 from runtime.golden import GOLDEN_PATH, Golden, GoldenCase
 from runtime.manifest import Emit, Mode, VerifyReport
+from runtime.quantization import QuantizeMethod
 
 TWIN = "twin"  # the fp32 graphs of an fp16 or bf16 build, inside the stage until they are verified
 
@@ -59,9 +61,13 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
                 parts = load_parts(inputs, spec.gate_op, spec.hot)
                 if spec.dtype is DType.FLOAT16:
                     require_half_range(parts.model)
+            hessians = {}
+            if spec.quantize is not None and spec.quantize.method is QuantizeMethod.GPTQ:
+                with clock.stage("calibrate"):
+                    hessians = calibrate(parts, spec, load_tokenizer(root) if tokenizer else None)
             proof_root = root if spec.dtype is DType.FLOAT32 else root / TWIN
             with clock.stage("trace and store", root):
-                proofs = export_graphs(parts, spec, DType.FLOAT32, proof_root)
+                proofs = export_graphs(parts, spec, DType.FLOAT32, proof_root, hessians=hessians)
             check_operators(proofs, spec, clock)
             with clock.stage("verify"):
                 reports, golden = verify_graphs(parts, spec, proofs, proof_root, root)

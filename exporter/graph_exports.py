@@ -37,17 +37,22 @@ from runtime.signature import CacheStyle, Signature, signature_from_shape
 
 
 def export_graphs(
-    parts: Parts, spec: BuildSpec, dtype: DType, root: Path, twin: WeightStore | None = None
+    parts: Parts,
+    spec: BuildSpec,
+    dtype: DType,
+    root: Path,
+    twin: WeightStore | None = None,
+    hessians: Mapping[str, torch.Tensor] | None = None,
 ) -> list[Exported]:
     """All graphs of the build in one dtype, in one store; dynamic first, for static ones point into its weights.
 
-    `twin` is the store of the fp32 build that is being rounded.
+    `twin` is the store of the fp32 build that is being rounded; `hessians` are what GPTQ rounds by.
     """
     root.mkdir(exist_ok=True)
     store = WeightStore(root)
     quantizer = quantizer_of(parts, spec)
     if quantizer is not None:
-        quantizer = replace(quantizer, twin=twin)
+        quantizer = replace(quantizer, twin=twin, hessians=hessians or {})
     graphs = [export_dynamic(parts, spec, dtype, store, quantizer)] if Mode.DYNAMIC in spec.modes else []
     for variant in static_variants(spec):
         graphs.append(export_static(parts, spec, variant, dtype, store, twin, quantizer))
@@ -113,7 +118,9 @@ def export_static(
     new = replacements_of(experts, variant.mix.weights)
     changed = folded_weights(model, sites, rows, name, merge, measures) | replaced_weights(model, new, name)
     if twin:
-        changed = rounded_weights(twin, torch_dtype, name)
+        halves = rounded_weights(twin, torch_dtype, name)
+        # Quantised ones lie in the twin as integers; what is folded here tells their shapes only.
+        changed = halves if quantizer is None else {each: halves.get(each, weight) for each, weight in changed.items()}
     with untied(model, sites, [weight for weight in new if new[weight].rows is None]) as partners:
         plan = GraphPlan(
             name,

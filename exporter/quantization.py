@@ -9,6 +9,7 @@ import onnx_ir as ir
 import torch
 
 from exporter.block_rounding import Rounded, packed, round_blocks
+from exporter.gptq import round_by_gptq
 from exporter.passes.quantize_weights import QuantizedWeight, QuantizeWeightsPass
 from exporter.sites import SiteKind
 from exporter.store import TRANSPOSED, Weight, WeightStore, transposed
@@ -22,7 +23,8 @@ class Quantizer:
     info: QuantizationInfo  # with the paths of all quantised modules
     embedding: str | None = None  # the path among them that is a lookup
     twin: WeightStore | None = None  # the fp32 build that is being rounded: its integers stay
-    calibrated: Mapping[str, Rounded] = field(default_factory=dict)  # stored name [in, out] -> found by a method
+    hessians: Mapping[str, torch.Tensor] = field(default_factory=dict)  # by parameter, of a calibrated method
+    found: dict[str, Rounded] = field(default_factory=dict)  # by stored name, what such a method gave: it is dear
 
     @property
     def products(self) -> tuple[str, ...]:
@@ -65,9 +67,8 @@ def stored_parts(
         info = info.model_copy(update={"weights": WeightType.INT8, "symmetric": True})
 
     def rounded() -> Rounded:
-        known = quantizer.calibrated.get(lying.name)
-        if known is not None:
-            return known
+        if not is_lookup and weight.parameter in quantizer.hessians:
+            return _calibrated(lying, quantizer.hessians[weight.parameter], quantizer)
         loaded = lying.load()
         made = round_blocks(loaded.T if is_lookup else loaded, info)
         return Rounded(made.q.T, made.scale.T) if is_lookup else made
@@ -92,6 +93,12 @@ def stored_parts(
     yield part(weight.scale, f"{stem}_scale", "scale", scales, is_scale=True)
     if weight.zero is not None:
         yield part(weight.zero, f"{stem}_zero", "zero", scales, is_scale=False)
+
+
+def _calibrated(weight: Weight, hessian: torch.Tensor, quantizer: Quantizer) -> Rounded:
+    if weight.name not in quantizer.found:
+        quantizer.found[weight.name] = round_by_gptq(weight.load(), hessian, quantizer.info)
+    return quantizer.found[weight.name]
 
 
 def _of_twin(weight: Weight, twin: WeightStore | None) -> Weight:

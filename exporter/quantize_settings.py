@@ -10,7 +10,7 @@ from exporter.spec import BuildSpec
 from runtime.engines import Target
 from runtime.errors import InputError, raise_all
 from runtime.manifest import Task
-from runtime.quantization import QuantizationInfo
+from runtime.quantization import QuantizationInfo, QuantizeMethod
 
 HEAD = "lm_head"
 SHOWN = 4  # modules named in one message
@@ -37,6 +37,12 @@ def _setting_problems(spec: BuildSpec, info: QuantizationInfo) -> Iterator[Input
     if spec.hot is not None:
         what = "adapters as inputs have not been proved on quantised weights"
         yield ExportError(what, where="--adapters-as inputs", fix="--adapters-as weights", code="E_UNSUPPORTED")
+    is_calibrated = info.method is QuantizeMethod.GPTQ
+    if is_calibrated != (spec.calibration is not None):
+        got = f"--quantize-method {info.method}"
+        fix = "add --quantize-texts FILE.jsonl" if is_calibrated else "add --quantize-method gptq"
+        what = "GPTQ rounds by what texts give" if is_calibrated else "only GPTQ reads texts"
+        yield ExportError(what, where="--quantize-texts", got=got, fix=fix)
     for target in spec.targets:
         yield from _target_problems(info, target)
 

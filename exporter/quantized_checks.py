@@ -34,7 +34,7 @@ def require_all_stored(stored: Mapping[str, StoredWeight], info: QuantizationInf
 def rounding_check(
     stored: Mapping[str, StoredWeight], wanted: Mapping[str, torch.Tensor], info: QuantizationInfo
 ) -> tuple[Check, ...]:
-    """That every weight is rounded to one of its neighbours; a method that compensates errors promises no such thing."""
+    """That every weight is rounded to a neighbour; a method that compensates errors promises no such thing."""
     if info.method is not QuantizeMethod.RTN:
         return ()
     worst = Worst(ROUNDING_LIMITS[info.symmetric])

@@ -35,7 +35,7 @@ class StoredWeight:
 class QuantizedLinear(nn.Linear):
     """A Linear whose product reads `stored`; `weight` stays what it was, for DoRA's norms are of that."""
 
-    def __init__(self, base: nn.Module, stored: torch.Tensor, block: int | None) -> None:
+    def __init__(self, base: nn.Linear, stored: torch.Tensor, block: int | None) -> None:
         nn.Module.__init__(self)
         self.weight, self.bias = base.weight, base.bias
         self.stored = nn.Parameter(stored, requires_grad=False)
@@ -48,7 +48,7 @@ class QuantizedLinear(nn.Linear):
 class QuantizedConv1D(Conv1D):
     """The same for GPT-2's, whose weight is [in, out]."""
 
-    def __init__(self, base: nn.Module, stored: torch.Tensor, block: int | None) -> None:
+    def __init__(self, base: Conv1D, stored: torch.Tensor, block: int | None) -> None:
         nn.Module.__init__(self)
         self.weight, self.bias, self.nf = base.weight, base.bias, base.nf
         self.stored = nn.Parameter(stored, requires_grad=False)

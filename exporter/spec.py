@@ -131,6 +131,7 @@ class BuildSpec:
     dtype: DType = DType.FLOAT32
     cache: CacheChoice = CacheChoice.KV
     quantize: QuantizationInfo | None = None  # without its modules; None: all weights are floats
+    calibration: Path | None = None  # texts as JSON lines, for quantisation by GPTQ
     accept_loss: bool = False  # publish though quantising costs more than its limits
     hot: HotSpec | None = None  # None: adapters are weights
     scalings: ScalingsChoice | None = None  # None: a row a site where the gate or a mix has one

@@ -59,7 +59,7 @@ from runtime.manifest import (
     VerifyReport,
 )
 from runtime.mix_file import scalings_from_file
-from runtime.quantization import ActivationType, QuantizationInfo
+from runtime.quantization import ActivationType
 from runtime.replay import replay
 from runtime.routers import RouterInfo
 from runtime.session import Session, SessionSettings
@@ -100,12 +100,18 @@ class Verification:
         onnx.checker.check_model(str(root / graph.path))
         if self.level is VerifyLevel.STRUCTURE:
             return self._unverified(graph), []
+        return self.of_graph(root, graph).measured(root, graph, None if self.spec.quantize is None else self)
+
+    def of_graph(self, root: Path, graph: GraphInfo) -> Verification:
+        """The same on the weights that a quantised graph stores, into which a static graph's mix is folded."""
         info = self.spec.quantize
         if info is None:
-            return self.measured(root, graph)
+            return self
         stored = stored_weights(root / graph.path, self.reference.model, info)
         require_all_stored(stored, info, graph.name)
-        return self._of_stored(stored, info, graph).measured(root, graph, self)
+        adapters = without_folded(self.adapters, stored) if graph.mode is Mode.STATIC else self.adapters
+        reference = quantized_reference(self.reference, stored, info, adapters)
+        return replace(self, reference=reference, adapters=adapters, stored=stored)
 
     def measured(
         self, root: Path, graph: GraphInfo, original: Verification | None = None
@@ -137,12 +143,6 @@ class Verification:
             return report, self._golden(session, graph, scenarios[0], named)
         finally:
             session.close()
-
-    def _of_stored(self, stored: Mapping[str, StoredWeight], info: QuantizationInfo, graph: GraphInfo) -> Verification:
-        """The same on the weights that the graph stores, into which a static graph's mix is folded."""
-        adapters = without_folded(self.adapters, stored) if graph.mode is Mode.STATIC else self.adapters
-        reference = quantized_reference(self.reference, stored, info, adapters)
-        return replace(self, reference=reference, adapters=adapters, stored=stored)
 
     def wanted(self, graph: GraphInfo, stored: Mapping[str, StoredWeight]) -> dict[str, torch.Tensor]:
         """The float weights that these stand for."""

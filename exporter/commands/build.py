@@ -215,6 +215,7 @@ def _build_spec(args: argparse.Namespace) -> BuildSpec:
         dtype=args.dtype,
         cache=args.cache,
         quantize=quantize_info(args),
+        calibration=args.quantize_texts,
         accept_loss=args.accept_loss,
         gate_op=args.gate_op,
         site_op=args.site_op,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from exporter.commands.options import one_of
 from exporter.errors import ExportError
@@ -29,7 +30,13 @@ def add_quantize_options(command: argparse.ArgumentParser) -> None:
         "--quantize-method",
         type=one_of(QuantizeMethod),
         choices=list(QuantizeMethod),
-        help="round to nearest (default), or GPTQ, calibrated on --prompt or built-in texts",
+        help="round to nearest (default), or GPTQ, which wants texts",
+    )
+    add(
+        "--quantize-texts",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines that GPTQ calibrates on, as learn-mix reads them",
     )
     add("--accept-loss", action="store_true", help="publish though it costs more than its limits")
 
@@ -43,9 +50,11 @@ def quantize_info(args: argparse.Namespace) -> QuantizationInfo | None:
         "embedding": args.quantize_embedding or None,
         "activations": args.quantize_activations,
         "method": args.quantize_method,
+        "texts": args.quantize_texts,
     }
     chosen = {name: value for name, value in given.items() if value is not None}
     if args.quantize is not None:
+        chosen.pop("texts", None)
         return QuantizationInfo(weights=args.quantize, **chosen)
     flags = {"symmetric": "--quantize-asymmetric"}
     for name in [*(flags.get(name, f"--quantize-{name}") for name in chosen), *["--accept-loss"] * args.accept_loss]:

@@ -1,4 +1,4 @@
-"""Dequantise in the graph: DequantizeLinear over blocks, in place of the float weights that products and lookups read."""
+"""Dequantise in the graph: DequantizeLinear over blocks, in place of the float weights of products and lookups."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         for part in self._initializers(graph, weight, value):
             gather = ir.node("Gather", [part, ids], {"axis": 0}, name=f"{part.name}_rows")
             gather.outputs[0].name = f"{part.name}_rows"
-            gather.outputs[0].dtype = part.dtype
+            gather.outputs[0].type = part.type
             graph.insert_before(node, gather)
             rows.append(gather.outputs[0])
         name = f"{weight.q}_dequantized"
@@ -150,7 +150,7 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         attributes = {"axis": weight.axis if axis is None else axis, "block_size": self.info.block}
         node = ir.node(DEQUANTIZE, inputs, attributes, name=name)
         node.outputs[0].name = name
-        node.outputs[0].dtype = like.dtype
+        node.outputs[0].type = like.type
         node.outputs[0].shape = ir.Shape(weight.shape) if axis is None else like.shape
         return node
 
@@ -158,7 +158,7 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         assert value.shape is not None
         assert value.name is not None
         parameter = value.name.removesuffix(self.turned)
-        sizes = tuple(int(size) for size in value.shape)
+        sizes = tuple(value.shape.numpy())
         sizes = sizes[::-1] if is_turned != self._is_stored_turned(value) else sizes
         stem = f"{parameter}{self.turned if is_turned else ''}.{info.weights}"
         zero = None if info.symmetric else f"{stem}_zero"
