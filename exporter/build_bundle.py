@@ -67,7 +67,7 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
                     hessians = calibrate(parts, spec, load_tokenizer(root) if tokenizer else None)
             proof_root = root if spec.dtype is DType.FLOAT32 else root / TWIN
             with clock.stage("trace and store", root):
-                proofs = export_graphs(parts, spec, DType.FLOAT32, proof_root, hessians=hessians)
+                proofs = export_graphs(parts, spec, DType.FLOAT32, proof_root, None, hessians)
             check_operators(proofs, spec, clock)
             with clock.stage("verify"):
                 reports, golden = verify_graphs(parts, spec, proofs, proof_root, root)

@@ -72,6 +72,7 @@ def row(
     bundle = build(replace(spec, threads=1))
     [report] = bundle.manifest.reports
     right = score(bundle.root, items)
+    print(f"{name}: {sum(right)} of {len(right)} right", file=sys.stderr)
     return {
         "way": name,
         "weights_bytes": sum(file.size for file in bundle.artifacts("weights")),
