@@ -50,6 +50,7 @@ from tests.exporter.tiny_builds import (
 from tests.same_tokens import Ties, seen_logits
 
 PARITY = 1e-5
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 MIX = {"math": 0.7, "prose": 0.4}
 PROMPTS = [prompt(length, seed=length) for length in (3, 21, 14, 9)]
 ENDS = {"head": True, "embedding": True}
@@ -418,3 +419,20 @@ def test_the_command_refuses_settings_without_meaning(
     assert code == 2
     assert text in capsys.readouterr().err
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.long
+def test_the_demo_keeps_its_answers() -> None:
+    """Exact match of the four tasks, printed; int8 keeps nearly all of it, and int4 is better by GPTQ than by RTN."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        from quantize_demo import WAYS, measure
+
+        rows = {str(row["way"]): row for row in measure(SCRIPTS.parent / "examples" / "four-tasks", WAYS)}
+    for row in rows.values():
+        print(row)
+    whole = {way: row["accuracy"][None] for way, row in rows.items()}  # type: ignore[index]
+    assert whole["float32"] > 0.9
+    assert whole["int8"] >= whole["float32"] - 0.02
+    assert rows["int8"]["weights_bytes"] < rows["float32"]["weights_bytes"]  # type: ignore[operator]
+    assert rows["int4, gptq"]["kld"] < rows["int4"]["kld"]  # type: ignore[operator]

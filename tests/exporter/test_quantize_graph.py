@@ -70,8 +70,10 @@ def test_rounding_goes_to_the_nearest_step(weights: WeightType, symmetric: bool)
     assert found.q.dtype == (torch.int8 if symmetric else torch.uint8)
     assert (found.scale > 0).all()
     low, high = (-(1 << weights.bits - 1), (1 << weights.bits - 1) - 1) if symmetric else (0, (1 << weights.bits) - 1)
-    assert low <= found.q.min() < found.q.max() <= high
-    assert found.q.max() - found.q.min() >= high - low - 1  # all the range that there is
+    assert (found.q.min(), found.q.max()) == (low, high)  # all the range that there is
+    spread = weight.unflatten(0, (-1, BLOCK))
+    spread = 2 * spread.abs().amax(1) if symmetric else spread.amax(1).clamp_min(0) - spread.amin(1).clamp_max(0)
+    assert torch.allclose(found.scale * (high - low), spread)
     steps = (dequantised(weight, how) - weight).abs() / found.scale.repeat_interleave(BLOCK, 0)
     assert steps.max() <= (0.5001 if symmetric else 1.0001)
     assert steps.mean() < 0.27  # of nearest, 0.25
