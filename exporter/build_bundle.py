@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from exporter.calibration import calibrate
 from exporter.checkpoints import load_blank
 from exporter.describe import describe
 from exporter.external_data import check_external_data
@@ -33,6 +34,7 @@ from runtime.encode_golden import ENCODED_PATH, EncodedCase, EncodedGolden
 from runtime.engines import Target
 from runtime.golden import GOLDEN_PATH, Golden, GoldenCase
 from runtime.manifest import Emit, Mode, VerifyLevel, VerifyReport
+from runtime.quantization import QuantizeMethod
 
 TWIN = "twin"  # the fp32 graphs of an fp16 or bf16 build, inside the stage until they are verified
 
@@ -61,12 +63,16 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
                 parts = load_parts(inputs, spec.gate_op, spec.hot, blank)
                 if spec.dtype is DType.FLOAT16 and blank is None:
                     require_half_range(parts.model)
+            hessians = {}
+            if spec.quantize is not None and spec.quantize.method is QuantizeMethod.GPTQ:
+                with clock.stage("calibrate"):
+                    hessians = calibrate(parts, spec, load_tokenizer(root) if tokenizer else None)
             first = DType.FLOAT32 if blank is None else spec.dtype  # what no numbers are compared of needs no twin
             proof_root = root if first is spec.dtype else root / TWIN
             with clock.stage("copy shards", root):
                 store = open_store(parts, spec, first, proof_root)
             with clock.stage("trace and store", root):
-                proofs = export_graphs(parts, spec, first, store)
+                proofs = export_graphs(parts, spec, first, store, None, hessians)
             check_operators(proofs, spec, clock)
             with clock.stage("verify"):
                 reports, golden = verify_graphs(parts, spec, proofs, proof_root, root)
@@ -112,8 +118,8 @@ def estimate_bytes(spec: BuildSpec, inputs: Inputs) -> int:
 
 
 def is_structure_only(spec: BuildSpec) -> bool:
-    """Whether no number of a graph is computed, so that the base's weights need never be in memory."""
-    return spec.verify is VerifyLevel.STRUCTURE
+    """Whether no number is computed, of a graph or of its weights: then the base need never be in memory."""
+    return spec.verify is VerifyLevel.STRUCTURE and spec.quantize is None
 
 
 def torch_dtype(spec: BuildSpec) -> torch.dtype:

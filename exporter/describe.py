@@ -11,7 +11,7 @@ from exporter.file_copies import Digest
 from exporter.gate import gate_info
 from exporter.graphs import Exported
 from exporter.model_facts import base_info
-from exporter.parts import Parts
+from exporter.parts import Parts, quantizer_of
 from exporter.spec import BuildSpec
 from exporter.variants import variant_infos
 from runtime.manifest import FORMAT_VERSION, ExpertInfo, Manifest, SiteInfo, TokenizerInfo, VerifyReport
@@ -55,6 +55,7 @@ def describe(
         graphs=tuple(graph.info for graph in graphs),
         variants=variant_infos(spec, adapters),
         hot=parts.hot,
+        quantization=quantizer.info if (quantizer := quantizer_of(parts, spec)) else None,
         tokenizer=tokenizer,
         artifacts=(),
         sources=source_files(adapters, base, {path: digest.sha256 for path, digest in copied.items()}),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -105,14 +105,14 @@ def traced_model(
     with_plugin: bool = False,
     router: RouterInfo | None = None,
     hot: Sequence[str] = (),
-    joins: bool = True,
+    apart: Collection[str] = (),
 ) -> Iterator[TracedModel]:
     """The model with its sites gated, its head picking and its attention reading session-owned caches.
 
     `shared`: all sites read the same scalings (G = 1). `with_plugin`: each update is one node of ours.
     `router`: every site also has this router, for rows that switch it on.
     `hot`: names of the adapter inputs, for a graph that has its adapters there.
-    `joins`: a site's weight and update may be joined into one product.
+    `apart`: paths whose weights stay in products of their own.
     """
     state = StepState()
     sites = routable_sites(sites, router)
@@ -125,7 +125,7 @@ def traced_model(
     elif sites:
         columns = Columns(groups, sites[0].weights.shape[0], shared=shared)
         routers = [make_router(group, router) for group in groups]
-        modules = {**gated_modules(bases, groups, state, with_plugin=with_plugin, routers=routers, joins=joins)}
+        modules = {**gated_modules(bases, groups, state, with_plugin=with_plugin, routers=routers, apart=apart)}
     head = head_path(model)
     modules[head] = PickingHead(modules.get(head, model.get_submodule(head)), state)
     with implemented(model, ATTENTION_NAME, EXPERTS_NAME), replaced(model, modules):

@@ -5,7 +5,7 @@ Right padding is masked by each row's length. One graph serves both passes: the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -121,14 +121,14 @@ def traced_encoder(
     info: EncoderInfo,
     *,
     shared: bool = False,
-    joins: bool = True,
+    apart: Collection[str] = (),
 ) -> Iterator[TracedEncoder]:
-    """The encoder with its sites gated; `shared` (G = 1) and `joins` as in `traced_model`."""
+    """The encoder with its sites gated; `shared` (G = 1) and `apart` as in `traced_model`."""
     state = StepState()
     groups = grouped_by_input(model, sites)
     columns = Columns(groups, sites[0].weights.shape[0], shared=shared) if sites else None
     bases = {site.path: model.get_submodule(site.path) for site in sites}
-    modules = gated_modules(bases, groups, state, joins=joins)
+    modules = gated_modules(bases, groups, state, apart=apart)
     observed = {}
     if info.pooling is None:
         observed = {model.base_model_prefix: ObservedBackbone(model.base_model, state)}

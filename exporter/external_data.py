@@ -51,6 +51,13 @@ def _external_tensors(message: Message) -> Iterator[onnx.TensorProto]:
                 yield from _external_tensors(child)
 
 
+def _bits(data_type: int) -> int:
+    """Of one element; ONNX packs those of 4 bits two to a byte."""
+    if data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
+        return 4
+    return 8 * int(onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize)
+
+
 def _problem(tensor: onnx.TensorProto, sizes: dict[str, int]) -> str | None:
     """What is wrong with one tensor's place, or None."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -63,5 +70,5 @@ def _problem(tensor: onnx.TensorProto, sizes: dict[str, int]) -> str | None:
         return f"its offset {offset[:40]!a} or length {length[:40]!a} is no number"
     if int(offset) + int(length) > sizes[location]:
         return f"bytes {offset} to {int(offset) + int(length)} lie beyond the {sizes[location]} of {location}"
-    need = math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    need = -(-math.prod(tensor.dims) * _bits(tensor.data_type) // 8)
     return None if int(length) == need else f"its shape needs {need} bytes, not {length}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -230,11 +230,13 @@ def gated_modules(
     *,
     with_plugin: bool = False,
     routers: Sequence[nn.Module | None] = (),  # of each group; none: no group has one
-    joins: bool = True,
+    apart: Collection[
+        str
+    ] = (),  # paths whose W stays in a product of its own: quantised ones, and those kept as shards
 ) -> dict[str, GatedModule | DoraModule]:
     """Path -> the module that stands in for the base module there; with a plugin every group is of one site.
 
-    `joins`: W and b may be joined into one product, which makes a copy of W wherever the graph is loaded.
+    W and b are joined into one product unless kept apart, which makes a copy of W wherever the graph is loaded.
     """
     modules: dict[str, GatedModule | DoraModule] = {}
     switched = [site.path for group in groups for site in group if site.doras]  # the order of Columns
@@ -243,17 +245,18 @@ def gated_modules(
         down = DOWN[group[0].kind](group, number, state, dtype, routers[number] if routers else None)
         for place, site in enumerate(group):
             base = bases[site.path]
-            gated = _gated_class(base, site, with_plugin=with_plugin, joins=joins)(base, site, down, place)
+            joins = type(base).forward in PLAIN_PRODUCTS and site.path not in apart
+            gated = _gated_class(site, with_plugin=with_plugin, joins=joins)(base, site, down, place)
             modules[site.path] = gated
             if site.doras:
                 modules[site.path] = DoraModule(gated, site, len(groups) + switched.index(site.path), state)
     return modules
 
 
-def _gated_class(base: nn.Module, site: Site, *, with_plugin: bool, joins: bool) -> type[GatedModule]:
+def _gated_class(site: Site, *, with_plugin: bool, joins: bool) -> type[GatedModule]:
     if with_plugin and site.kind is not SiteKind.EMBEDDING:
         return PluginModule
-    return JoinedModule if joins and type(base).forward in PLAIN_PRODUCTS else GatedModule
+    return JoinedModule if joins else GatedModule
 
 
 def rows_of(factors: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

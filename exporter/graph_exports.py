@@ -14,8 +14,9 @@ from exporter.graphs import Exported, GraphPlan, export_graph
 from exporter.hot_build import initial_stack, stack_weights
 from exporter.merges.merge import SiteMerge, settled
 from exporter.model_facts import signature_shape
-from exporter.parts import Parts
+from exporter.parts import Parts, quantizer_of
 from exporter.passes.pipeline import OPSETS
+from exporter.quantization import Quantizer
 from exporter.router_choice import settled_router
 from exporter.shards import kept_shards, lazy_weight
 from exporter.sites import Site
@@ -43,6 +44,8 @@ def open_store(parts: Parts, spec: BuildSpec, dtype: DType, root: Path) -> Weigh
     Where the build's dtype is the checkpoint's, shards are taken over as they are; its fp32 twin reads as upright.
     """
     root.mkdir(exist_ok=True)
+    if spec.quantize is not None:  # few tensors of a shard would be read
+        return WeightStore(root)
     shards = kept_shards(parts.inputs.base, getattr(torch, spec.dtype.value), parts.blank)
     store = WeightStore(root, shards.names)
     if dtype is spec.dtype:
@@ -51,18 +54,29 @@ def open_store(parts: Parts, spec: BuildSpec, dtype: DType, root: Path) -> Weigh
 
 
 def export_graphs(
-    parts: Parts, spec: BuildSpec, dtype: DType, store: WeightStore, twin: WeightStore | None = None
+    parts: Parts,
+    spec: BuildSpec,
+    dtype: DType,
+    store: WeightStore,
+    twin: WeightStore | None = None,
+    hessians: Mapping[str, torch.Tensor] | None = None,
 ) -> list[Exported]:
     """All graphs of the build in one dtype, in one store; dynamic first, for static ones point into its weights.
 
-    `twin` is the store of the fp32 build that is being rounded.
+    `twin` is the store of the fp32 build that is being rounded; `hessians` are what GPTQ rounds by.
     """
-    graphs = [export_dynamic(parts, spec, dtype, store)] if Mode.DYNAMIC in spec.modes else []
-    graphs += [export_static(parts, spec, variant, dtype, store, twin) for variant in static_variants(spec)]
+    quantizer = quantizer_of(parts, spec)
+    if quantizer is not None:
+        quantizer = replace(quantizer, twin=twin, hessians=hessians or {})
+    graphs = [export_dynamic(parts, spec, dtype, store, quantizer)] if Mode.DYNAMIC in spec.modes else []
+    for variant in static_variants(spec):
+        graphs.append(export_static(parts, spec, variant, dtype, store, twin, quantizer))
     return graphs
 
 
-def export_dynamic(parts: Parts, spec: BuildSpec, dtype: DType, store: WeightStore) -> Exported:
+def export_dynamic(
+    parts: Parts, spec: BuildSpec, dtype: DType, store: WeightStore, quantizer: Quantizer | None = None
+) -> Exported:
     """The gated graph. G = number of sites with a layerwise gate or mixes by site, else 1."""
     gate = parts.gate
     scalings = len(parts.sites) if has_row_per_site(spec, parts.inputs.adapters) else 1
@@ -83,6 +97,7 @@ def export_dynamic(parts: Parts, spec: BuildSpec, dtype: DType, store: WeightSto
         encoder=parts.inputs.encoder,
         lazy=lazy_weights(parts, dtype),
         onnxruntime=onnxruntime_form("dynamic", signature, spec, dtype),
+        quantizer=quantizer,
     )
     return Exported(
         graph_info(plan, Mode.DYNAMIC, None, plugins_of(spec, gate)), export_graph(parts.model, plan, store), store
@@ -107,7 +122,13 @@ def signature_for(parts: Parts, spec: BuildSpec, dtype: DType, scalings: int, *,
 
 
 def export_static(
-    parts: Parts, spec: BuildSpec, variant: VariantSpec, dtype: DType, store: WeightStore, twin: WeightStore | None
+    parts: Parts,
+    spec: BuildSpec,
+    variant: VariantSpec,
+    dtype: DType,
+    store: WeightStore,
+    twin: WeightStore | None,
+    quantizer: Quantizer | None = None,
 ) -> Exported:
     """The plain base graph with the mix folded in; only the changed tensors are stored anew."""
     model, name, experts = parts.model, variant.name, parts.inputs.adapters.experts
@@ -122,7 +143,9 @@ def export_static(
     changed = folded_weights(model, sites, rows, name, merge, measures, values)
     changed |= replaced_weights(model, new, name, values)
     if twin:
-        changed = rounded_weights(twin, torch_dtype, name)
+        halves = rounded_weights(twin, torch_dtype, name)
+        # Quantised ones lie in the twin as integers; what is folded here tells their shapes only.
+        changed = halves if quantizer is None else {each: halves.get(each, weight) for each, weight in changed.items()}
     with untied(model, sites, [weight for weight in new if new[weight].rows is None]) as partners:
         plan = GraphPlan(
             name,
@@ -133,6 +156,7 @@ def export_static(
             encoder=parts.inputs.encoder,
             lazy=lazy_weights(parts, dtype),
             onnxruntime=onnxruntime_form(name, signature, spec, dtype),
+            quantizer=quantizer,
         )
         info = static_info(graph_info(plan, Mode.STATIC, None), variant.mix, merge)
         return Exported(info, export_graph(model, plan, store), store, in_site_order(sites, measures))
@@ -174,7 +198,7 @@ def graph_info(plan: GraphPlan, mode: Mode, mix: dict[str, float] | None, plugin
         name=plan.name,
         mode=mode,
         emit=plan.emit,
-        opset=OPSETS[plan.emit],
+        opset=plan.opset,
         path=f"{plan.name}.onnx",
         signature=plan.signature,
         mix=mix,

@@ -19,6 +19,7 @@ from exporter.gated import DoraModule, Down, GatedModule, PluginModule
 from exporter.merges.merge import SiteMerge
 from exporter.passes.instantiate_blocks import InstantiateBlocksPass
 from exporter.passes.pipeline import OPSETS, clean_trace, write_form, write_onnxruntime_form
+from exporter.quantization import Quantizer, StoredPart, quantize_graph, stored_parts
 from exporter.sites import Site
 from exporter.spec import OpChoice
 from exporter.store import TRANSPOSED, Weight, WeightStore, transposed, weight_from_tensor
@@ -27,6 +28,8 @@ from runtime.adapter_inputs import adapter_inputs
 from runtime.manifest import Emit, EncoderInfo, GraphInfo, OnnxRuntimeForm
 from runtime.routers import RouterInfo
 from runtime.signature import SCALINGS, CacheStyle, Signature, in_style
+
+QUANTIZED_OPSET = 21  # the first whose DequantizeLinear has blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,12 @@ class GraphPlan:
     lazy: Mapping[str, Weight] = field(default_factory=dict)  # parameter -> its values, where the model has none
     encoder: EncoderInfo | None = None  # None: a decoder
     onnxruntime: OnnxRuntimeForm | None = None  # where the graph has such a form, too
+    quantizer: Quantizer | None = None  # None: all weights are floats
+
+    @property
+    def opset(self) -> int:
+        """Of ONNX's own operators."""
+        return max(OPSETS[self.emit], QUANTIZED_OPSET) if self.quantizer else OPSETS[self.emit]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,25 +88,51 @@ def export_graph(model: PreTrainedModel, plan: GraphPlan, store: WeightStore) ->
     forms = {}
     if plan.onnxruntime is not None:
         forms[plan.onnxruntime.path] = write_onnxruntime_form(graph.clone(), plan.onnxruntime.signature)
-    forms[f"{plan.name}.onnx"] = write_form(graph, plan.emit, plan.signature)
-    read = {name: way for form in forms.values() for name, way in initializers(form, tensors).items()}
+    forms[f"{plan.name}.onnx"] = write_form(graph, plan.emit, plan.opset, plan.signature)
     base = frozenset(base_names.values())
-    store.write("base", [weight for name, weight in read.values() if name in base and name not in plan.changed])
-    store.write("adapters", [weight for name, weight in read.values() if name not in base])
-    store.write(plan.name, [weight for name, weight in read.values() if name in plan.changed])
     for path, form in forms.items():
-        _point_into(store, form, {name: weight for name, (_, weight) in initializers(form, tensors).items()})
+        rounded = quantized_weights(form, plan, model, tensors)
+        read = initializers(form, tensors)
+        stored = [*read.values(), *((part.parameter, part.weight) for part in rounded)]
+        store.write("base", [weight for name, weight in stored if name in base and name not in plan.changed])
+        store.write("adapters", [weight for name, weight in stored if name not in base])
+        store.write(plan.name, [weight for name, weight in stored if name in plan.changed])
+        for part in rounded:
+            _point_to(store, form, part.initializer, part.weight, part.packed)
+        for initializer, (_, weight) in read.items():
+            _point_to(store, form, initializer, weight)
         form.graph.name = plan.name
         ir.save(form, store.root / path)
     return graph
 
 
-def _point_into(store: WeightStore, graph: ir.Model, weights: Mapping[str, Weight]) -> None:
-    """Let initializers be stored tensors."""
-    for initializer, weight in weights.items():
-        value = graph.graph.initializers[initializer]
-        value.const_value = store.external(weight.name)
-        value.const_value.name = initializer
+def _point_to(
+    store: WeightStore,
+    graph: ir.Model,
+    initializer: str,
+    weight: Weight,
+    packed: tuple[ir.DataType, tuple[int, ...]] | None = None,
+) -> None:
+    """Let an initializer be a stored tensor."""
+    value = graph.graph.initializers[initializer]
+    value.const_value = store.external(weight.name, packed)
+    value.const_value.name = initializer
+
+
+def quantized_weights(
+    graph: ir.Model, plan: GraphPlan, model: PreTrainedModel, tensors: Mapping[str, Weight]
+) -> list[StoredPart]:
+    """What is to be stored of the quantised weights, which the graph reads through DequantizeLinear from here on."""
+    if plan.quantizer is None:
+        return []
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameter_of = {path: names[id(model.get_submodule(path).weight)] for path in plan.quantizer.info.modules}
+    return [
+        part
+        for weight in quantize_graph(graph, plan.quantizer, parameter_of)
+        for dtype in [tensors[weight.parameter].dtype]
+        for part in stored_parts(weight, tensors[weight.parameter], dtype, plan.quantizer)
+    ]
 
 
 def traced_blocks(
@@ -134,9 +169,9 @@ def traced_as(
 
     Weights that lie upright are read where they lie: to join one with its update would be a copy.
     """
-    joins = not store.upright
+    apart = [site.path for site in plan.sites] if store.upright else plan.quantizer.products if plan.quantizer else ()
     if plan.encoder is not None:
-        return traced_encoder(model, plan.sites, plan.gate, plan.encoder, shared=is_shared(plan), joins=joins)
+        return traced_encoder(model, plan.sites, plan.gate, plan.encoder, shared=is_shared(plan), apart=apart)
     return traced_model(
         model,
         plan.sites,
@@ -146,7 +181,7 @@ def traced_as(
         with_plugin=plan.site_op is OpChoice.PLUGIN,
         router=plan.router,
         hot=[spec.name for spec in adapter_inputs(plan.signature)],
-        joins=joins,
+        apart=apart,
     )
 
 

@@ -23,6 +23,7 @@ from exporter.errors import ExportError
 from exporter.hot_build import check_hot_spec, hot_paths
 from exporter.merges.merge import settled
 from exporter.model_facts import refuse_untraceable, untying_notes
+from exporter.quantize_settings import check_quantization
 from exporter.router_choice import check_router, require_input_vectors, routed_adapters
 from exporter.spec import BuildSpec, CacheChoice, DType
 from exporter.static import mix_rows
@@ -61,6 +62,7 @@ def read_inputs(spec: BuildSpec) -> Inputs:
     base = describe_base(base_reference(spec.base, adapters), spec.task)
     refuse_for_encoder(base, adapters, spec)
     refuse_untraceable(base, spec.emit)
+    check_quantization(spec, base)
     notes = check_against_base(adapters, base)
     if base.task is Task.TEXT_CLASSIFICATION:
         adapters, shared = without_shared_heads(adapters, base)

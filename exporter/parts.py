@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from exporter.checkpoints import BlankBase, load_base
+from exporter.dynamic import head_path
 from exporter.encoder import signature_of
 from exporter.encoder_reference import EncoderReference
 from exporter.encoder_verification import EncoderVerification
@@ -17,6 +18,7 @@ from exporter.graphs import parameter_count
 from exporter.hot_build import hot_info, probe_adapters, with_allowed_sites
 from exporter.inputs import Inputs
 from exporter.model_facts import base_info, module_kinds
+from exporter.quantization import Quantizer, quantizer_for
 from exporter.reference import Reference
 from exporter.sites import Site, SiteKind, stack
 from exporter.spec import BuildSpec, HotSpec, OpChoice
@@ -59,6 +61,15 @@ def load_parts(
         sites = with_allowed_sites(sites, inputs.allowed, kinds, inputs.base, experts)
         layout = hot_info(hot, model, sites, experts)
     return Parts(inputs, model, kinds, sites, None if gate is None else GATES[gate_op](gate, experts), layout, blank)
+
+
+def quantizer_of(parts: Parts, spec: BuildSpec) -> Quantizer | None:
+    """What the settings quantise of this model."""
+    if spec.quantize is None:
+        return None
+    embedding = parts.model.get_input_embeddings()
+    path = next(name for name, module in parts.model.named_modules() if module is embedding)
+    return quantizer_for(spec.quantize, parts.kinds, path, head_path(parts.model))
 
 
 def make_verification(parts: Parts, spec: BuildSpec, tokenizer: Text | None) -> Verification:

@@ -56,7 +56,7 @@ def record(bundle: Bundle, sources: BuildSpec, graph: GraphInfo, clock: StageClo
     clock = clock or StageClock()
     spec = spec_from_manifest(bundle.manifest, sources)
     with clock.stage("read and check"):
-        inputs = read_inputs(spec)
+        inputs = read_inputs(replace(spec, quantize=None))  # whose settings the build has checked
         require_generation(inputs.base, "record")
         compare_sources(bundle.manifest.sources, source_files(inputs.adapters, inputs.base))
     with clock.stage("load base"):
@@ -73,7 +73,7 @@ def record_parts(
             "a bundle that starts without adapters has none that a recording could prove",
             where=f"graph {graph.name}", fix="build it with an adapter; a running session can unload it",
         )  # fmt: skip
-    verification = make_verification(parts, spec, load_tokenizer(bundle.root))
+    verification = make_verification(parts, spec, load_tokenizer(bundle.root)).of_graph(bundle.root, graph)
     scenarios = verification.scenarios(graph)
     if scenarios[0].per_length:
         raise ExportError(

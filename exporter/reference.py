@@ -172,6 +172,29 @@ class Reference:
         with self._with(modules):
             return ReferenceResult(self._forward(tokens)[0], None)
 
+    @torch.no_grad()
+    def effective(
+        self, row: Sequence[float] | Sequence[Sequence[float]], paths: Sequence[str]
+    ) -> dict[str, torch.Tensor]:
+        """Path -> what these modules do with constant scalings, as one weight that lies as the module's own does.
+
+        Read off the unit vectors, or off every token of an embedding.
+        """
+        found = {}
+        with self._replaced(row), self._looped() as scalings:
+            for path in paths:
+                module = self.model.get_submodule(path)
+                base = getattr(module, "base", module)
+                inputs = base.weight.shape[0 if isinstance(base, Conv1D | nn.Embedding) else 1]
+                scalings.value = self._filled(torch.tensor(row), inputs)
+                if isinstance(base, nn.Embedding):
+                    found[path] = module(torch.arange(inputs)[None])[0] / getattr(base, "embed_scale", 1.0)
+                    continue
+                bias = 0.0 if getattr(base, "bias", None) is None else base.bias
+                turned = module(torch.eye(inputs)[None])[0] - bias  # [in, out]
+                found[path] = turned if isinstance(base, Conv1D) else turned.T
+        return found
+
     def gated(self, tokens: Sequence[int]) -> ReferenceResult:
         """X-LoRA: the scaling pass, the classifier, the main pass."""
         assert self.gate is not None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from runtime.engines import Target
 from runtime.manifest import Emit, MergeInfo, MixInfo, Mode, Pooling, Task, TopkSoftmax, VerifyLevel
+from runtime.quantization import QuantizationInfo
 from runtime.routers import RouterKind
 
 
@@ -129,6 +130,9 @@ class BuildSpec:
     emit: Emit = Emit.PORTABLE
     dtype: DType = DType.FLOAT32
     cache: CacheChoice = CacheChoice.KV
+    quantize: QuantizationInfo | None = None  # without its modules; None: all weights are floats
+    calibration: Path | None = None  # texts as JSON lines, for quantisation by GPTQ
+    accept_loss: bool = False  # publish though quantising costs more than its limits
     hot: HotSpec | None = None  # None: adapters are weights
     scalings: ScalingsChoice | None = None  # None: a row a site where the gate or a mix has one
     gate_op: OpChoice = OpChoice.OPS  # top-k and softmax of the gate

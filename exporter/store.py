@@ -27,12 +27,21 @@ TRANSPOSED = ".T"
 # Data starts on a page, so that a memory map of any tensor is aligned as well as the file can be.
 HEADER_ALIGNMENT = 4096
 
-_SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+_SAFETENSORS_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 _ONNX_TYPES = {
     torch.float32: ir.DataType.FLOAT,
     torch.float16: ir.DataType.FLOAT16,
     torch.bfloat16: ir.DataType.BFLOAT16,
     torch.int64: ir.DataType.INT64,
+    torch.int8: ir.DataType.INT8,
+    torch.uint8: ir.DataType.UINT8,
 }
 
 
@@ -163,15 +172,19 @@ class WeightStore:
             if name.startswith(prefix)
         ]
 
-    def external(self, name: str) -> ir.ExternalTensor:
-        """The stored tensor as an initializer value of a graph that lies in the store's root."""
+    def external(self, name: str, packed: tuple[ir.DataType, tuple[int, ...]] | None = None) -> ir.ExternalTensor:
+        """The stored tensor as an initializer value of a graph that lies in the store's root.
+
+        `packed`: dtype and shape of what lies there as bytes, since safetensors has no types of 4 bits.
+        """
         stored = self.stored[name]
+        dtype, shape = packed or (_ONNX_TYPES[stored.dtype], stored.shape)
         return ir.ExternalTensor(
             stored.path,
             stored.offset,
             stored.length,
-            _ONNX_TYPES[stored.dtype],
-            shape=ir.Shape(stored.shape),
+            dtype,
+            shape=ir.Shape(shape),
             name=name,
             base_dir=self.root,
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from exporter.adapters import AdapterSet
@@ -16,6 +17,14 @@ from exporter.gate import scaling_pass_row
 from exporter.hot_build import initial_stack
 from exporter.plain_merges import mapped, plain_merge
 from exporter.prompts import encode_prompts
+from exporter.quantized_checks import (
+    loss_of,
+    require_all_stored,
+    require_small_loss,
+    rounding_check,
+    static_weights,
+)
+from exporter.quantized_reference import StoredWeight, quantized_reference, stored_weights, without_folded
 from exporter.reference import Reference, ReferenceResult
 from exporter.routed_reference import RoutedReference
 from exporter.router_ties import router_ties
@@ -24,7 +33,10 @@ from exporter.structure import require_structure
 from exporter.variants import row_variants
 from exporter.verify import (
     EXTENTS,
+    ROUNDED_ACTIVATIONS,
+    STAGE_A,
     Extent,
+    Limits,
     Noise,
     Scenario,
     noise_between,
@@ -50,6 +62,7 @@ from runtime.manifest import (
     VerifyReport,
 )
 from runtime.mix_file import scalings_from_file
+from runtime.quantization import ActivationType
 from runtime.replay import replay
 from runtime.routers import RouterInfo
 from runtime.session import Session, SessionSettings
@@ -83,30 +96,74 @@ class Verification:
     is_large: bool  # weights stay mapped: slower steps, no second copy in memory
     hot: HotInfo | None = None
     probe: Probe | None = None  # with `hot`
+    stored: Mapping[str, StoredWeight] = field(default_factory=dict)  # a quantised graph's, which `reference` has
 
     def run(self, root: Path, graph: GraphInfo) -> tuple[VerifyReport, Sequence[GoldenCase | EncodedCase]]:
         """Check one graph that lies in `root`; raises VerifyError when a measure fails."""
         require_structure(root, graph)
         if self.level is VerifyLevel.STRUCTURE:
             return self._unverified(graph), []
+        return self.of_graph(root, graph).measured(root, graph, None if self.spec.quantize is None else self)
+
+    def of_graph(self, root: Path, graph: GraphInfo) -> Verification:
+        """The same on the weights that a quantised graph stores, into which a static graph's mix is folded."""
+        info = self.spec.quantize
+        if info is None:
+            return self
+        stored = stored_weights(root / graph.path, self.reference.model, info)
+        require_all_stored(stored, info, graph.name)
+        adapters = without_folded(self.adapters, stored) if graph.mode is Mode.STATIC else self.adapters
+        reference = quantized_reference(self.reference, stored, info, adapters)
+        return replace(self, reference=reference, adapters=adapters, stored=stored)
+
+    def measured(
+        self, root: Path, graph: GraphInfo, original: Verification | None = None
+    ) -> tuple[VerifyReport, Sequence[GoldenCase | EncodedCase]]:
+        """The numbers of a graph; `original`: of the unquantised model, where this one's reference is quantised."""
         extent = self._extent()
         prompts = self._prompts(extent.prompts, extent.longest)
         with ExitStack() as opened:
             sessions = [self._session(root, form, opened) for form in (graph, graph.onnxruntime) if form is not None]
+            info = self.spec.quantize
             scenarios = self._fed(self.scenarios(graph), root, graph)
-            measures, *forms = verify_forms(sessions, [*scenarios, *self._probed(graph)], prompts, extent)
+            if original is not None:
+                pairs = zip(scenarios, original.scenarios(graph), strict=True)
+                scenarios = [replace(one, original=before.reference, base=before.base) for one, before in pairs]
+            run = [*scenarios, *self._probed(graph)]
+            measures, *forms = verify_forms(sessions, run, prompts, extent, self._limits())
             for other in forms:
-                measures = worse_of(measures, other, "in ONNX Runtime's form")
+                worse_of(measures, other, "in ONNX Runtime's form")
             report = report_from_measures(measures, graph.name, self.level, self._stage(), self._stage_b())
+            if original is not None and info is not None:
+                checks = rounding_check(self.stored, original.wanted(graph, self.stored), info)
+                report = report.model_copy(
+                    update={"checks": (*report.checks, *checks), "loss": loss_of(measures.loss, info)}
+                )
             require_passed(report)
+            if not self.spec.accept_loss:
+                require_small_loss(report)
             named = self._fed(self.named(graph), root, graph)
             return report, self._golden(sessions[0], graph, scenarios[0], named)
 
     def _session(self, root: Path, form: GraphInfo | OnnxRuntimeForm, opened: ExitStack) -> Session:
-        settings = SessionSettings(self.max_positions, threads=self.spec.threads, mapped=self.is_large)
+        settings = SessionSettings(
+            self.max_positions, threads=self.spec.threads, mapped=self.is_large, quantization=self.spec.quantize
+        )
         session = open_session("ort", root / form.path, form.signature, settings)
         opened.callback(session.close)
         return session
+
+    def wanted(self, graph: GraphInfo, stored: Mapping[str, StoredWeight]) -> dict[str, torch.Tensor]:
+        """The float weights that these stand for."""
+        if graph.mode is not Mode.STATIC:
+            return static_weights(self.reference, stored, None, {})
+        rows, deltas = self._mixed(graph)
+        return static_weights(self.reference, stored, rows, deltas)
+
+    def _limits(self) -> Limits:
+        info = self.spec.quantize
+        is_rounded = info is not None and info.activations is ActivationType.INT8
+        return ROUNDED_ACTIVATIONS if is_rounded else STAGE_A
 
     def _fed(self, scenarios: Sequence[Scenario], root: Path, graph: GraphInfo) -> list[Scenario]:
         """With the adapters that the bundle starts with, read from its file, where the graph takes them as inputs."""
@@ -197,18 +254,24 @@ class Verification:
 
     def _static(self, graph: GraphInfo) -> Scenario:
         """The reference of a static graph: the experts one by one under its mix, or its merge done in plain maths."""
+        rows, deltas = self._mixed(graph)
+        run: Callable[[Reference, Sequence[int]], ReferenceResult]
+        if rows is not None:
+            run = lambda reference, ids: reference.constant(rows, ids)  # noqa: E731
+        else:
+            run = lambda reference, ids: reference.merged(deltas, ids)  # noqa: E731
+        return Scenario("mix", None, False, False, lambda ids: run(self.reference, ids), self._base, self._precise(run))
+
+    def _mixed(self, graph: GraphInfo) -> tuple[list[list[float]] | None, dict[str, torch.Tensor]]:
+        """A static graph's mix as scalings [sites, E] where its merge is their sum, else as one delta a module."""
         paths = [path for path, _ in self.reference.sites]
         weights = {path: graph.mix_sites.get(path, graph.mix or {}) for path in paths}
         merge = graph.merge or MergeInfo()
         if merge.method in EXACT:
             names = [expert.name for expert in self.adapters.experts]
-            rows = [[weights[path].get(name, 0.0) for name in names] for path in paths]
-            run = lambda reference, ids: reference.constant(rows, ids)  # noqa: E731
-        else:
-            plain = ((path, mapped(plain_merge(self.adapters, weights[path], path, merge))) for path in paths)
-            deltas = {path: delta for path, delta in plain if delta is not None}
-            run = lambda reference, ids: reference.merged(deltas, ids)  # noqa: E731
-        return Scenario("mix", None, False, False, lambda ids: run(self.reference, ids), self._base, self._precise(run))
+            return [[weights[path].get(name, 0.0) for name in names] for path in paths], {}
+        plain = ((path, mapped(plain_merge(self.adapters, weights[path], path, merge))) for path in paths)
+        return None, {path: delta for path, delta in plain if delta is not None}
 
     def _constant(self, name: str, weights: Sequence[float] | Sequence[Sequence[float]], width: int | None) -> Scenario:
         """`weights` [E], or [sites, E]."""
@@ -268,6 +331,9 @@ class Verification:
         noise, fed = Noise(), run.tokens[:-1]
         if scenario.precise is not None and self.level is VerifyLevel.FULL:
             noise = noise_between(scenario.reference(fed), scenario.precise(fed))
+        least = self._limits()
+        if least is not STAGE_A:
+            noise = replace(noise, logits=max(noise.logits, least.logits / 10), gate=max(noise.gate, least.gate / 10))
         ties = router_ties(scenario.reference(fed)) if scenario.is_routed else ()
         limits = GoldenLimits.of(self.spec.dtype, noise.logits, noise.gate)
         return case_from_replay(graph.name, scenario.row, run, limits, ties=ties, **how)
@@ -286,7 +352,8 @@ class Verification:
         )
 
     def _stage(self) -> str:
-        return "A" if self.spec.dtype == "float32" else "A (fp32 twin)"
+        letter = "C1" if self.stored else "A"
+        return letter if self.spec.dtype == "float32" else f"{letter} (fp32 twin)"
 
     def _stage_b(self) -> str:
         return "not needed (fp32)" if self.spec.dtype == "float32" else "not run"

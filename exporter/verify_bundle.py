@@ -116,7 +116,8 @@ def replay_form(
     threads: int | None,
 ) -> tuple[Check, ...]:
     """The graph's cases in one of its forms; places name the form."""
-    settings = SessionSettings(bundle.manifest.base.max_positions, threads=threads)
+    manifest = bundle.manifest
+    settings = SessionSettings(manifest.base.max_positions, threads=threads, quantization=manifest.quantization)
     session = open_session("ort", bundle.file(form.path), form.signature, settings)
     try:
         checks = replay_golden(session, cases, bundle.manifest.base.dtype, stored_stack(bundle, graph))

@@ -26,6 +26,7 @@ from exporter.variants import STATIC
 from runtime.bundle import Bundle
 from runtime.manifest import Check, GraphInfo, HotInfo, Manifest, MergeInfo, MixInfo, Mode
 from runtime.mix import BASE
+from runtime.quantization import QuantizeMethod
 from runtime.routers import RouterKind
 from runtime.signature import SCALINGS, CacheStyle
 from runtime.stacks import read_stack
@@ -34,7 +35,8 @@ from runtime.stacks import read_stack
 def verify_against_sources(bundle: Bundle, sources: BuildSpec) -> dict[str, tuple[Check, ...]]:
     """The sources' digests, then stage A by graph name; fp16 and bf16 bundles through a fresh fp32 twin."""
     spec = spec_from_manifest(bundle.manifest, sources)
-    inputs = read_inputs(spec)
+    require_repeatable(spec, bundle)
+    inputs = read_inputs(replace(spec, quantize=None))  # whose settings the build has checked
     compare_sources(bundle.manifest.sources, source_files(inputs.adapters, inputs.base))
     parts = load_parts(inputs, hot=spec.hot)
     if parts.hot is not None:
@@ -48,6 +50,17 @@ def verify_against_sources(bundle: Bundle, sources: BuildSpec) -> dict[str, tupl
             published = ir.load(bundle.file(twin.info.path))
             require_rounded(twin, Exported(twin.info, published, WeightStore(bundle.root)))
         return _measure(parts, spec, root, bundle, [twin.info for twin in twins])
+
+
+def require_repeatable(spec: BuildSpec, bundle: Bundle) -> None:
+    """Refuse where the twin of a rounded bundle cannot be made again: GPTQ's integers depend on its texts."""
+    if spec.dtype is not DType.FLOAT32 and spec.quantize and spec.quantize.method is QuantizeMethod.GPTQ:
+        raise VerifyError(
+            f"a {spec.dtype} bundle rounded by GPTQ cannot be made again without its texts (its digests are right)",
+            where=str(bundle.root),
+            fix="`record` and `runtime compare` check it on the device",
+            code="E_UNSUPPORTED",
+        )
 
 
 def require_same_stack(bundle: Bundle, parts: Parts) -> None:
@@ -91,6 +104,8 @@ def spec_from_manifest(manifest: Manifest, sources: BuildSpec) -> BuildSpec:
         pooling=manifest.encoder.pooling if manifest.encoder else None,
         normalize=manifest.encoder.normalize if manifest.encoder and manifest.encoder.pooling else None,
         dtype=DType(manifest.base.dtype),
+        quantize=manifest.quantization,
+        accept_loss=True,  # what it costs was accepted when the bundle was built
         cache=CacheChoice.NONE if first.signature.cache_style is CacheStyle.NONE else CacheChoice.KV,
         topk_softmax=manifest.gate.topk_softmax if manifest.gate and manifest.gate.softmax_topk else None,
     )

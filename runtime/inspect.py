@@ -21,6 +21,7 @@ from runtime.manifest import (
     VerifyLevel,
     VerifyReport,
 )
+from runtime.quantization import quantization_text
 from runtime.routers import RouterInfo
 from runtime.sealed_folder import manifest_bytes
 
@@ -37,6 +38,11 @@ def render(bundle: Bundle) -> str:
         _table("sites", _sites(manifest)),
         *([_table("adapters as inputs", _hot(manifest.hot))] if manifest.hot else []),
         _table("gate", _gate(manifest.gate)) if manifest.gate else ["gate: none"],
+        *(
+            [_table("quantised", [("weights", quantization_text(manifest.quantization))])]
+            if manifest.quantization
+            else []
+        ),
         ["graphs", *(f"  {_graph(graph)}" for graph in manifest.graphs)],
         _table("variants", ((variant.name, _variant(manifest, variant)) for variant in manifest.variants)),
         ["verification", *(line for graph in manifest.graphs for line in _verification(manifest, graph.name))],
@@ -185,6 +191,12 @@ def _checks(report: VerifyReport) -> Iterator[str]:
         word = "ok  " if check.passed else "FAIL"
         where = f"  at {check.where}" if check.where else ""
         yield f"    {word} {check.name:<{width}}  {check.value:.3g} (limit {check.limit:.3g}){where}"
+    if report.loss is not None:
+        loss = report.loss
+        yield (
+            f"    quantised against unquantised: mean KL divergence {loss.kld:.3g} (limit {loss.kld_limit:g}), same "
+            f"most likely token {loss.same_top:.2%} (limit {loss.same_top_limit:.0%}), {loss.positions} positions"
+        )
 
 
 def _sizes(bundle: Bundle) -> Iterator[tuple[str, str]]:

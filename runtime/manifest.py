@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from runtime.quantization import QuantizationInfo
 from runtime.routers import RouterInfo
 from runtime.signature import Signature
 
@@ -274,18 +275,34 @@ class Check(Strict):
     where: str = ""  # the worst prompt and position
 
 
+class QuantizationLoss(Strict):
+    """What quantising cost: the graph against the unquantised model, over full softmaxes."""
+
+    kld: float  # mean KL divergence over positions, nats
+    kld_limit: float  # beyond either limit a build needs --accept-loss
+    same_top: float  # share of positions with the same most likely token
+    same_top_limit: float
+    positions: int
+
+    @property
+    def is_small(self) -> bool:
+        """Whether both figures keep to their limits."""
+        return self.kld <= self.kld_limit and self.same_top >= self.same_top_limit
+
+
 class VerifyReport(Strict):
     """What verification of one graph found."""
 
     graph: str
     level: VerifyLevel
-    stage: str  # "A" for fp32; "A (fp32 twin)" for fp16 and bf16
+    stage: str  # "A" for fp32; "A (fp32 twin)" for fp16 and bf16; "C1" and "C1 (fp32 twin)" of quantised graphs
     stage_b: str  # "not needed (fp32)" | "not run"
     prompts: int
     prefill_positions: int
     decode_steps: int
     adapters_matter: float  # max |adapted - base| of the reference logits
     checks: tuple[Check, ...]
+    loss: QuantizationLoss | None = None  # of a quantised graph: stage C2
 
 
 class HotSite(Strict):
@@ -338,6 +355,7 @@ class Manifest(Listing):
     graphs: tuple[GraphInfo, ...]
     variants: tuple[VariantInfo, ...] = ()
     hot: HotInfo | None = None
+    quantization: QuantizationInfo | None = None
     tokenizer: TokenizerInfo | None
     artifacts: tuple[Artifact, ...]
     sources: tuple[SourceInfo, ...]

@@ -163,7 +163,8 @@ def load(
     if variant is not None and is_listed:  # else the name of an adapter that is still to be loaded
         graph = variant_named(bundle.manifest, variant).graph
     info = pick_graph(bundle, graph)
-    settings = SessionSettings(bundle.manifest.base.max_positions, provider, threads)
+    quantization = bundle.manifest.quantization
+    settings = SessionSettings(bundle.manifest.base.max_positions, provider, threads, quantization=quantization)
     tokenizer = bundle.manifest.tokenizer
     text = Text(bundle.file(tokenizer.path)) if tokenizer else None
 

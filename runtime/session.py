@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.quantization import QuantizationInfo
 from runtime.rows import Rows, StepResult
 from runtime.signature import Signature
 from runtime.stacks import Stack
@@ -25,6 +26,7 @@ class SessionSettings:
     mapped: bool = False  # keep weights in their mapped file: less memory, slower steps
     # Other values of stored weights, by initializer (ort only); the arrays must outlive the session.
     weights: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    quantization: QuantizationInfo | None = None  # of the graph's weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,12 @@ class Opened:
 
     def session(self, weights: Mapping[str, NDArray[np.generic]] | None = None) -> Session:
         """The dynamic graph, with these initializers in place of its own."""
-        settings = SessionSettings(self.manifest.base.max_positions, threads=self.spec.threads, weights=weights or {})
+        settings = SessionSettings(
+            self.manifest.base.max_positions,
+            threads=self.spec.threads,
+            weights=weights or {},
+            quantization=self.manifest.quantization,
+        )
         return open_session("ort", self.bundle.file(self.graph.path), self.graph.signature, settings)
 
     @property

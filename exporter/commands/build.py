@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporter.commands.checks import check_line
+from exporter.commands.checks import check_line, loss_line
 from exporter.commands.engine_options import add_engine_options, build_engines_beside, engine_spec
 from exporter.commands.options import (
     Commands,
@@ -20,6 +20,7 @@ from exporter.commands.options import (
     share,
     silence_transformers,
 )
+from exporter.commands.quantize_options import add_quantize_options, quantize_info
 from exporter.errors import ExportError
 from exporter.spec import AdaptersAs, BuildSpec, CacheChoice, DType, HotSpec, OpChoice, RouterSpec, ScalingsChoice
 from runtime.engines import Target
@@ -35,6 +36,7 @@ from runtime.manifest import (
     TopkSoftmax,
     VerifyLevel,
 )
+from runtime.quantization import quantization_text
 from runtime.routers import RouterKind
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ def add_options(commands: Commands) -> None:
         help="rows of scalings a token; default sites where the gate or a named mix has weights by site",
     )
     _add_hot(command)
+    add_quantize_options(command)
     add("--out", type=Path, metavar="DIR", help="default ./NAME-MODE")
     add("--overwrite", action="store_true", help="replace the bundle that is there")
     add("--emit", type=one_of(Emit), choices=list(Emit), default=Emit.PORTABLE, help="opset 18 or opset 24 operators")
@@ -217,6 +220,9 @@ def _build_spec(args: argparse.Namespace) -> BuildSpec:
         dtype=args.dtype,
         cache=args.cache,
         onnxruntime=not args.no_onnxruntime_form,
+        quantize=quantize_info(args),
+        calibration=args.quantize_texts,
+        accept_loss=args.accept_loss,
         gate_op=args.gate_op,
         site_op=args.site_op,
         topk_softmax=args.topk_softmax,
@@ -270,9 +276,21 @@ def _print_bundle(bundle: Bundle, clock: StageClock) -> None:
     for report in bundle.manifest.reports:
         head = f"graph {report.graph}: verification {report.level}, stage {report.stage}, stage B {report.stage_b}"
         print(f"{head}\n" + "\n".join(check_line(check) for check in report.checks))
+        if report.loss is not None:
+            print(loss_line(report.loss))
+    if bundle.manifest.quantization is not None:
+        print(f"quantised {quantization_text(bundle.manifest.quantization)}: {_stored_text(bundle)}")
     if clock.memory is not None:
         anonymous, mapped = size_text(clock.memory.anonymous), size_text(clock.memory.mapped)
         print(f"{sum(clock.seconds.values()):.1f} s, peak memory {anonymous} anonymous and {mapped} mapped")
+
+
+def _stored_text(bundle: Bundle) -> str:
+    """What the weight files take."""
+    from exporter.progress import size_text
+
+    files = bundle.artifacts("weights")
+    return f"weights of {size_text(sum(file.size for file in files))} in {len(files)} files"
 
 
 def _print_merges(bundle: Bundle) -> None:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from runtime.manifest import Check
+from runtime.manifest import Check, QuantizationLoss
 
 
 def check_line(check: Check) -> str:
     """One measure, its limit and the verdict."""
     verdict = "ok" if check.passed else "FAILED"
     return f"  {check.name:<16} {check.value:>10.3g}  limit {check.limit:<8g} {verdict}  {check.where}".rstrip()
+
+
+def loss_line(loss: QuantizationLoss) -> str:
+    """What quantising costs, against the unquantised model."""
+    verdict = "ok" if loss.is_small else "ACCEPTED"
+    return (
+        f"  stage C2, quantised against unquantised, {loss.positions} positions: mean KL divergence {loss.kld:.3g} "
+        f"(limit {loss.kld_limit:g}), same most likely token {loss.same_top:.2%} (limit {loss.same_top_limit:.0%}) "
+        f"{verdict}"
+    )

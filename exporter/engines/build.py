@@ -14,6 +14,7 @@ from exporter.engines.spec import EngineSpec, plugins_of, profiles_of
 from exporter.engines.tensorrt import load_builder
 from exporter.errors import ExportError
 from exporter.publish import Layout, publish_sealed, stage
+from exporter.quantize_settings import require_engine
 from exporter.watch import PeakMemory, StageClock, StageEvent
 from runtime.bundle import Bundle
 from runtime.engines import (
@@ -49,6 +50,7 @@ def build_engines(bundle: Bundle, spec: EngineSpec, clock: StageClock | None = N
     """
     clock = clock or StageClock()
     graphs = chosen_graphs(bundle, spec)
+    require_engine(bundle.manifest.quantization, spec.target)
     for graph in graphs:
         check_target(spec, graph, bundle.manifest.base.dtype)
     trt = load_builder(spec.target)

@@ -50,10 +50,15 @@ def clean_trace(
     )
 
 
-def write_form(model: ir.Model, emit: Emit, signature: Signature) -> ir.Model:
+def write_form(model: ir.Model, emit: Emit, opset: int, signature: Signature) -> ir.Model:
     """Rewrite a clean trace in place into the operators of `emit`, with caches as the signature has them."""
-    fusions = [ConvertOpsetPass(OPSETS[emit]), FuseModernPass()] if emit is Emit.MODERN else []
-    return _run(model, *fusions, LowerAttentionPass(signature), *_ending())
+    return _run(
+        model,
+        *([ConvertOpsetPass(opset)] if opset > OPSETS[Emit.PORTABLE] else []),
+        *([FuseModernPass()] if emit is Emit.MODERN else []),
+        LowerAttentionPass(signature),
+        *_ending(),
+    )
 
 
 def write_onnxruntime_form(model: ir.Model, signature: Signature) -> ir.Model:

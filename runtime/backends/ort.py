@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from runtime.adapter_inputs import RANK, adapter_inputs
 from runtime.caches import CacheGroup, Caches
 from runtime.errors import InputError, MachineError
+from runtime.quantization import session_entries
 from runtime.rows import Rows, StepResult
 from runtime.session import SessionSettings, StepLimits
 from runtime.signature import (
@@ -263,6 +264,8 @@ def open_engine(graph: Path, settings: SessionSettings) -> Any:
     options.inter_op_num_threads = 1
     if settings.threads is not None:
         options.intra_op_num_threads = settings.threads
+    for name, value in session_entries(settings.quantization).items():
+        options.add_session_config_entry(name, value)
     folding: list[str] = []
     if settings.mapped:  # prepacked and folded weights are copies in memory; a pattern holds all of a step at once
         options.add_session_config_entry("session.disable_prepacking", "1")

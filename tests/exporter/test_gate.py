@@ -140,7 +140,7 @@ def test_exported_gate_is_torch(name: str, tmp_path: Path) -> None:
         output_names=["gate"], dynamic_shapes=(dims,), verbose=False,
     )  # fmt: skip
     assert program is not None
-    write_form(clean_trace(program.model, {}, {}), Emit.PORTABLE, Signature((), (), ()))
+    write_form(clean_trace(program.model, {}, {}), Emit.PORTABLE, 18, Signature((), (), ()))
     operators = {node.op_type for node in program.model.graph}
     assert not operators & {"ScatterElements", "NonZero", "ScatterND"}, "TensorRT for RTX refuses these"
     constants = [value.const_value for value in program.model.graph.initializers.values()]
