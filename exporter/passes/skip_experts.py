@@ -15,20 +15,38 @@ LORA_A = ".lora_a"
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """The nodes of one group of sites from its tensor x: x a, times the factors, and parts joined to x again."""
+class Ending:
+    """What becomes of one site's part, to the node that also reads what does without it."""
 
-    x: ir.Value
+    nodes: Sequence[ir.Node]  # Concat(x, part); or part b, and its sum with W x
+    plain: ir.Value  # x, or W x
+    rank: int | None  # of the part that stands behind x; None: a sum
+
+    @property
+    def output(self) -> ir.Value:
+        """With the part."""
+        return self.nodes[-1].outputs[0]
+
+    def without(self, tape: Tape) -> ir.Value:
+        """The same where the part is zeros."""
+        if self.rank is None:
+            return tape.op("Identity", [self.plain])
+        return tape.op("Pad", [self.plain, _constant(tape, _pads(self.plain, self.rank))])
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The nodes of one group of sites that read one x."""
+
     nodes: Sequence[ir.Node]  # x a, its product with the factors, and the split into parts where there are several
-    joins: Sequence[ir.Node]  # Concat(x, part), one a site
-    ranks: Sequence[int]  # of the parts
+    endings: Sequence[Ending]  # one a site
 
 
 class SkipExpertsPass(ir.passes.InPlacePass):
     """Each group behind an If: scalings that are all 0 make zeros of its parts, whatever x is.
 
-    Only what is joined to x is skipped, so b stays in the base's own product and no weight is there twice. Groups of
-    another form (with a router, on embeddings and heads) compute as they are.
+    Where a part is joined to x, b stays in the base's own product and only the join is skipped: no weight is there
+    twice. Groups of another form (with a router, on embeddings) compute as they are.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -58,39 +76,45 @@ def read_group(node: ir.Node) -> Group | None:
     nodes, parts = [node, gated], [gated.outputs[0]]
     if (split := _only_use(gated.outputs[0])) is not None and split.op_type == "Split":
         nodes, parts = [*nodes, split], list(split.outputs)
-    found = [_only_use(part) for part in parts]
-    joins = [join for join, part in zip(found, parts, strict=True) if join is not None and _is_join(join, x, part)]
-    sizes = [part.shape[-1] if part.shape is not None else None for part in parts]
-    ranks = [rank for rank in sizes if isinstance(rank, int)]
-    is_whole = len(joins) == len(ranks) == len(parts)
-    return Group(x, nodes, joins, ranks) if is_whole else None
+    endings = [ending for ending in (_read_ending(part, x) for part in parts) if ending is not None]
+    return Group(nodes, endings) if len(endings) == len(parts) else None
 
 
-def _is_join(node: ir.Node, x: ir.Value, part: ir.Value) -> bool:
-    """Whether a node is Concat(x, part) along the last dimension."""
-    return node.op_type == "Concat" and tuple(node.inputs) == (x, part) and node.attributes["axis"].as_int() == -1
+def _read_ending(part: ir.Value, x: ir.Value) -> Ending | None:
+    node = _only_use(part)
+    if node is not None and node.op_type == "Concat" and tuple(node.inputs) == (x, part):
+        rank = part.shape[-1] if part.shape is not None else None
+        is_last = node.attributes["axis"].as_int() == -1
+        return Ending([node], x, rank) if is_last and isinstance(rank, int) else None
+    if node is None or node.op_type != "MatMul" or node.inputs[0] is not part:
+        return None
+    added = _only_use(node.outputs[0])
+    if added is None or added.op_type != "Add":
+        return None
+    plain = next((value for value in added.inputs if value is not node.outputs[0]), None)
+    return None if plain is None else Ending([node, added], plain, None)
 
 
 def _skip(graph: ir.Graph, group: Group, is_used: ir.Value) -> None:
-    """Put the group's nodes into one branch of an If, and x with zeros behind it into the other."""
+    """Put the group's nodes into one branch of an If, and what does without them into the other."""
     tape = Tape()
-    zeros = [tape.op("Pad", [group.x, _constant(tape, _pads(group.x, rank))]) for rank in group.ranks]
-    outputs = [ir.Value(name=join.outputs[0].name, type=join.outputs[0].type, shape=join.outputs[0].shape)
-               for join in group.joins]  # fmt: skip
-    last = group.joins[-1]
-    inside = [join.outputs[0] for join in group.joins]
+    unused = [ending.without(tape) for ending in group.endings]
+    used = [ending.output for ending in group.endings]
+    outputs = [ir.Value(name=value.name, type=value.type, shape=value.shape) for value in used]
+    taken = [*group.nodes, *(node for ending in group.endings for node in ending.nodes)]
+    name, place = group.nodes[0].name, taken[-1]
     branch = ir.Node("", "If", [is_used], outputs=outputs)
-    graph.insert_after(last, [branch])
-    for value, output in zip(inside, outputs, strict=True):
+    graph.insert_after(place, [branch])
+    for value, output in zip(used, outputs, strict=True):
         value.replace_all_uses_with(output)
         value.name = f"{value.name}/experts"
-    taken = [*group.nodes, *group.joins]
     graph.remove(taken)
-    name = group.nodes[0].name
-    used = ir.Graph([], inside, nodes=taken, name=f"{name}/used")
-    unused = ir.Graph([], zeros, nodes=tape.nodes, name=f"{name}/unused")
-    branch.attributes.add(ir.AttrGraph("then_branch", used))
-    branch.attributes.add(ir.AttrGraph("else_branch", unused))
+    branches = {
+        "then_branch": ir.Graph([], used, nodes=taken, name=f"{name}/used"),
+        "else_branch": ir.Graph([], unused, nodes=tape.nodes, name=f"{name}/unused"),
+    }
+    for attribute, body in branches.items():
+        branch.attributes.add(ir.AttrGraph(attribute, body))
 
 
 def _only_use(value: ir.Value) -> ir.Node | None:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -17,11 +19,10 @@ from exporter.build_bundle import build
 from exporter.cli import main
 from exporter.errors import VerifyError
 from exporter.gptq import round_by_gptq
-from exporter.graph_exports import export_graphs
+from exporter.graph_exports import export_graphs, open_store
 from exporter.inputs import read_inputs
 from exporter.op_lint import lint
 from exporter.parts import make_verification
-from exporter.passes.matmul_nbits import MatMulNBitsPass
 from exporter.quantize_settings import require_engine
 from exporter.quantized_checks import loss_of, rounding_check
 from exporter.rounding import require_rounded, round_model
@@ -36,7 +37,7 @@ from runtime.engines import Target
 from runtime.errors import InputError
 from runtime.inspect import render
 from runtime.manifest import Emit, GraphInfo, Mode, VerifyLevel
-from runtime.quantization import ActivationType, QuantizationInfo, QuantizeMethod, WeightType
+from runtime.quantization import ActivationType, QuantizationInfo, QuantizeMethod, WeightType, session_entries
 from runtime.session import Session, SessionSettings
 from tests.exporter.tiny_builds import (
     Built,
@@ -238,7 +239,8 @@ LONG = {
 def test_more_families(case: str, tmp_path: Path) -> None:
     family, how, sizes = LONG[case]
     checkpoint = write_checkpoint(tmp_path, family, **sizes)
-    [exported] = export_graphs(checkpoint.parts(), checkpoint.spec(quantize=how), DType.FLOAT32, tmp_path / "out")
+    parts, spec = checkpoint.parts(), checkpoint.spec(quantize=how)
+    [exported] = export_graphs(parts, spec, DType.FLOAT32, open_store(parts, spec, DType.FLOAT32, tmp_path / "out"))
     original = make_verification(checkpoint.parts(), BuildSpec(verify=VerifyLevel.QUICK, quantize=how), None)
     oracle = original.of_graph(tmp_path / "out", exported.info)
     report, _ = measured(oracle, original, tmp_path / "out", exported.info, how)
@@ -252,7 +254,7 @@ def test_families_and_settings(case: str, tmp_path: Path) -> None:
     family, how, settings = CASES[case]
     checkpoint = write_checkpoint(tmp_path, family)
     parts, spec = checkpoint.parts(), checkpoint.spec(quantize=how, **settings)
-    [exported] = export_graphs(parts, spec, DType.FLOAT32, tmp_path / "out")
+    [exported] = export_graphs(parts, spec, DType.FLOAT32, open_store(parts, spec, DType.FLOAT32, tmp_path / "out"))
     original = make_verification(parts, BuildSpec(verify=VerifyLevel.QUICK, quantize=how), None)
     oracle = original.of_graph(tmp_path / "out", exported.info)
     floats = [path for path, kind in parts.kinds if kind.value in ("linear", "conv1d") and path not in oracle.stored]
@@ -279,9 +281,10 @@ def test_a_float16_graph_has_the_integers_of_its_twin(tmp_path: Path) -> None:
     """Rounding weights that were rounded to float16 would give others."""
     checkpoint = write_checkpoint(tmp_path)
     parts, spec = checkpoint.parts(), checkpoint.spec(quantize=info(head=True), modes=(Mode.STATIC,), mix=MIX)
-    [twin] = export_graphs(parts, spec, DType.FLOAT32, tmp_path / "twin")
+    [twin] = export_graphs(parts, spec, DType.FLOAT32, open_store(parts, spec, DType.FLOAT32, tmp_path / "twin"))
     round_model(parts.model, torch.float16)
-    [half] = export_graphs(parts, spec, DType.FLOAT16, tmp_path / "half", twin.store)
+    store = open_store(parts, spec, DType.FLOAT16, tmp_path / "half")
+    [half] = export_graphs(parts, spec, DType.FLOAT16, store, twin.store)
     require_rounded(twin, half)
     initializers = half.model.graph.initializers
     stems = [name for name in initializers if name.endswith(".int4")]
@@ -294,23 +297,20 @@ def test_a_float16_graph_has_the_integers_of_its_twin(tmp_path: Path) -> None:
     assert not np.array_equal(value.numpy().astype(np.int8), anew)
 
 
-def test_matmul_nbits_stands_for_every_product(built: Built, tmp_path: Path) -> None:
-    """The ONNX Runtime rewrite of a whole graph, run by a session without settings."""
+def test_onnxruntime_multiplies_by_packed_weights_in_every_product(built: Built, tmp_path: Path) -> None:
+    """In both forms of the graph, under the session settings that the manifest gives."""
     how, graph = built.bundle.manifest.quantization, built.bundle.graph("dynamic")
     assert how is not None
-    model = ir.load(built.bundle.file(graph.path))
-    MatMulNBitsPass()(model)
-    found = [node for node in model.graph if node.op_type == "MatMulNBits"]
-    assert len(found) == 2 * PROJECTIONS + 1
-    assert [node.op_type for node in model.graph].count("DequantizeLinear") == 1  # the embedding's rows
-    ir.save(model, tmp_path / "dynamic.onnx", external_data="dynamic.data")
-    oracle = verification(built.checkpoint, how).of_graph(built.bundle.root, graph)
-    scenario = oracle.scenarios(graph)[0]
-    session = open_session("ort", tmp_path / "dynamic.onnx", graph.signature, SessionSettings(128, threads=1))
-    measures = verify_graph(session, [scenario], PROMPTS, Extent(4, 21, 6))
-    session.close()
-    assert measures.logits.value <= PARITY
-    assert measures.adapters_matter > 0.1
+    assert graph.onnxruntime is not None
+    for path in (graph.path, graph.onnxruntime.path):
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        for key, value in session_entries(how).items():
+            options.add_session_config_entry(key, value)
+        onnxruntime.InferenceSession(str(built.bundle.file(path)), options, ["CPUExecutionProvider"])
+        made = onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph.node
+        assert sum(node.op_type == "MatMulNBits" for node in made) == 2 * PROJECTIONS + 1
+        assert sum(node.op_type == "DequantizeLinear" for node in made) == 1, "the embedding's rows"
 
 
 def test_gptq_moves_what_a_module_gives_less_than_rounding_does() -> None:
