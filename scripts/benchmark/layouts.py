@@ -69,6 +69,14 @@ def build_bundle(models: Models, folder: Path) -> None:
     run([*command, "--mode", "dynamic", "static", "--mix", "base", "--verify", "quick", "-q"])
 
 
+def build_int4(models: Models, folder: Path) -> None:
+    """The same with 4-bit weights and head, multiplied with activations of 8 bits, as GenAI's int4 is."""
+    xlora = models.path("checkpoint") / "xlora"
+    command = [sys.executable, "-m", "exporter", "build", "--adapters", xlora, "--out", folder]
+    quantize = ["--quantize", "int4", "--quantize-head", "--quantize-activations", "int8", "--accept-loss"]
+    run([*command, *quantize, "--mode", "dynamic", "static", "--mix", "base", "--verify", "quick", "-q"])
+
+
 def write_mistralrs(models: Models, folder: Path) -> None:
     """base/ with a tokenizer, and one flat xlora/: a file and a config an expert, the classifier, the ordering."""
     checkpoint, final = models.path("checkpoint"), models.folder / "mistralrs"
@@ -151,6 +159,7 @@ def build_genai(precision: str) -> Callable[[Models, Path], None]:
 FORMS: dict[str, Callable[[Models, Path], None]] = {
     "checkpoint": write_checkpoint,
     "bundle": build_bundle,
+    "bundle-int4": build_int4,
     "mistralrs": write_mistralrs,
     "genai-fp32": build_genai("fp32"),
     "genai-int4": build_genai("int4"),

@@ -98,7 +98,10 @@ def reads(nodes: Iterable[onnx.NodeProto]) -> set[str]:
 
 def tensor_bytes(tensor: onnx.TensorProto) -> int:
     """Of its values, wherever they lie."""
-    return math.prod(tensor.dims) * tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    count = math.prod(tensor.dims)
+    if tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
+        return (count + 1) // 2
+    return count * tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
 def ancestors(nodes: Iterable[onnx.NodeProto], outputs: Iterable[str]) -> set[str]:

@@ -20,6 +20,7 @@ def ratio_rows(found: Found) -> list[Row]:
         ("frozen / plain base at 64", (FROZEN, 64), (PLAIN, 64), "≤ 1.15"),
         ("a paired step of two rows / plain base at 64", (TWO_ROWS, 64), (PLAIN, 64), ""),
         ("plain base / GenAI fp32 at 64", (PLAIN, 64), (GENAI, 64), "≤ 1.1"),
+        ("plain base int4 / GenAI int4 at 64", ("plain base, int4", 64), ("ORT GenAI base int4", 64), "≤ 1.2"),
         ("exact at 2,048 / at 128", (EXACT, 2048), (EXACT, 128), "≤ 1.3"),
     ]
     rows = []

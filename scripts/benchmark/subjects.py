@@ -83,6 +83,13 @@ OURS = (
         "base in the dynamic graph", "run_ours", Computes.BASE, "bundle",
         {"graph": "dynamic", "generate": {"mix": {}}}, graph="dynamic.ort.onnx",
     ),
+    Subject(
+        "X-LoRA exact, int4", "run_ours", Computes.NEAR_XLORA, "bundle-int4",
+        {"graph": "dynamic", "generate": {"decode": "exact"}}, graph="dynamic.ort.onnx", passes=2, is_swept=False,
+    ),
+    Subject(
+        "plain base, int4", "run_ours", Computes.NEAR_BASE, "bundle-int4", {"graph": "static"}, graph="static.ort.onnx",
+    ),
 )  # fmt: skip
 PEERS = (
     Subject(
