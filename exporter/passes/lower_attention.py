@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -66,10 +67,9 @@ class LowerAttentionPass(ir.passes.InPlacePass):
                 out = self._in_place(steps, attention, masks.of_cache(attention.window), graph)
             else:
                 out = _beside(steps, attention, masks.joined(attention.window), masks.capacity)
-            out = steps.op("Transpose", [out], attention.dtype, perm=[0, 2, 1, 3])
+            out = steps.op("Transpose", [out], attention.dtype, attention.node.outputs[0].shape, perm=[0, 2, 1, 3])
             graph.insert_before(attention.node, steps.nodes)
             attention.node.outputs[0].replace_all_uses_with(out, replace_graph_outputs=True)
-            out.shape = attention.node.outputs[0].shape
             graph.remove(attention.node, safe=True)
         graph.insert_before(graph[0], masks.nodes)
         model.opset_imports.pop(DOMAIN, None)
@@ -80,15 +80,15 @@ class LowerAttentionPass(ir.passes.InPlacePass):
         assert attention.past is not None
         caches = []
         for past, new in zip(attention.past, attention.new, strict=True):
-            cache = steps.op("TensorScatter", [past, new, attention.lengths], attention.dtype, axis=-2)
-            cache.shape = past.shape
+            cache = steps.op("TensorScatter", [past, new, attention.lengths], attention.dtype, past.shape, axis=-2)
             assert past.name is not None
             _become_output(graph, self.outputs[past.name], new, cache)
             caches.append(cache)
-        query = steps.op("Mul", [attention.query, steps.scalar(attention.scale, attention.dtype)], attention.dtype)
-        query.shape = attention.query.shape
+        scale, shape = steps.scalar(attention.scale, attention.dtype), attention.query.shape
+        query = steps.op("Mul", [attention.query, scale], attention.dtype, shape)
         cap = {} if attention.softcap is None else {"softcap": attention.softcap}
-        return steps.op("Attention", [query, *caches, mask], attention.dtype, scale=1.0, **cap)
+        out = (*_sizes(attention.query, 0, 1, 2), *_sizes(attention.new[1], 3))
+        return steps.op("Attention", [query, *caches, mask], attention.dtype, out, scale=1.0, **cap)
 
 
 def read_attention(node: ir.Node) -> AttentionNode:
@@ -104,38 +104,64 @@ def read_attention(node: ir.Node) -> AttentionNode:
 
 def _beside(steps: _Steps, attention: AttentionNode, mask: ir.Value, capacity: ir.Value | None) -> ir.Value:
     """[B, H, S, D]."""
-    dtype, groups = attention.dtype, attention.heads // attention.kv_heads
-    dim = _width(attention.query)
-    scaled = steps.op("Mul", [attention.query, steps.scalar(attention.scale, dtype)], dtype)
-    query = steps.op("Reshape", [scaled, steps.ints(0, attention.kv_heads, groups, -1, dim)], dtype)
+    dtype, heads, groups = attention.dtype, attention.kv_heads, attention.heads // attention.kv_heads
+    batch, tokens, dim, wide = *_sizes(attention.query, 0, 2, 3), *_sizes(attention.new[1], 3)
     pairs = [attention.new] if attention.past is None else [attention.past, attention.new]
-    parts = [steps.op("MatMul", [query, steps.swapped(steps.op("Unsqueeze", [key, steps.ints(2)], dtype))], dtype)
-             for key, _ in pairs]  # fmt: skip
-    scores = steps.op("Concat", parts, dtype, axis=-1) if len(parts) > 1 else parts[0]  # [B, Hkv, G, S, C + S]
-    if dtype is not FLOAT:
-        scores = steps.op("Cast", [scores], FLOAT, to=FLOAT.value)
-    if attention.softcap is not None:
-        cap = steps.scalar(attention.softcap, FLOAT)
-        scores = steps.op("Mul", [steps.op("Tanh", [steps.op("Div", [scores, cap], FLOAT)], FLOAT), cap], FLOAT)
-    probs = steps.op("Softmax", [steps.op("Add", [scores, mask], FLOAT)], FLOAT, axis=-1)
-    if dtype is not FLOAT:
-        probs = steps.op("Cast", [probs], dtype, to=dtype.value)
+    lengths = [_sizes(key, 2)[0] for key, _ in pairs]  # C and S, or S
+    grouped = (batch, heads, groups, tokens)
+    scaled = steps.op("Mul", [attention.query, steps.scalar(attention.scale, dtype)], dtype, attention.query.shape)
+    query = steps.op("Reshape", [scaled, steps.ints(0, heads, groups, -1, dim)], dtype, (*grouped, dim))
+    parts = []
+    for (key, _), length in zip(pairs, lengths, strict=True):
+        single = steps.op("Unsqueeze", [key, steps.ints(2)], dtype, (batch, heads, 1, length, dim))
+        turned = steps.op("Transpose", [single], dtype, (batch, heads, 1, dim, length), perm=[0, 1, 2, 4, 3])
+        parts.append(steps.op("MatMul", [query, turned], dtype, (*grouped, length)))
+    every = (*grouped, " + ".join(map(str, lengths)) if len(lengths) > 1 else lengths[0])
+    scores = steps.op("Concat", parts, dtype, every, axis=-1) if len(parts) > 1 else parts[0]
+    probs = _softmax(steps, scores, mask, attention.softcap)
     shares = [probs]
     if capacity is not None:
         ends = [(steps.ints(0), capacity), (capacity, steps.ints(END))]
-        shares = [steps.op("Slice", [probs, start, end, steps.ints(-1), steps.ints(1)], dtype) for start, end in ends]
-    values = [steps.op("MatMul", [share, steps.op("Unsqueeze", [value, steps.ints(2)], dtype)], dtype)
-              for share, (_, value) in zip(shares, pairs, strict=True)]  # fmt: skip
-    out = steps.op("Add", values, dtype) if len(values) > 1 else values[0]
-    return steps.op("Reshape", [out, steps.ints(0, attention.heads, -1, _width(attention.new[1]))], dtype)
+        shares = [
+            steps.op("Slice", [probs, start, end, steps.ints(-1), steps.ints(1)], dtype, (*grouped, length))
+            for (start, end), length in zip(ends, lengths, strict=True)
+        ]
+    outs = []
+    for share, (_, value), length in zip(shares, pairs, lengths, strict=True):
+        single = steps.op("Unsqueeze", [value, steps.ints(2)], dtype, (batch, heads, 1, length, wide))
+        outs.append(steps.op("MatMul", [share, single], dtype, (*grouped, wide)))
+    out = steps.op("Add", outs, dtype, (*grouped, wide)) if len(outs) > 1 else outs[0]
+    full = (batch, attention.heads, tokens, wide)
+    return steps.op("Reshape", [out, steps.ints(0, attention.heads, -1, wide)], dtype, full)
+
+
+def _softmax(steps: _Steps, scores: ir.Value, mask: ir.Value, softcap: float | None) -> ir.Value:
+    """Capped, masked, in float32, and back in the scores' dtype."""
+    dtype, shape = scores.dtype, scores.shape
+    assert dtype is not None
+    if dtype is not FLOAT:
+        scores = steps.op("Cast", [scores], FLOAT, shape, to=FLOAT.value)
+    if softcap is not None:
+        cap = steps.scalar(softcap, FLOAT)
+        bent = steps.op("Tanh", [steps.op("Div", [scores, cap], FLOAT, shape)], FLOAT, shape)
+        scores = steps.op("Mul", [bent, cap], FLOAT, shape)
+    probs = steps.op("Softmax", [steps.op("Add", [scores, mask], FLOAT, shape)], FLOAT, shape, axis=-1)
+    return probs if dtype is FLOAT else steps.op("Cast", [probs], dtype, shape, to=dtype.value)
 
 
 class _Steps(Tape):
     """Nodes whose outputs have their type."""
 
-    def op(self, op_type: str, inputs: Sequence[ir.Value | None], dtype: ir.DataType, **attributes: object) -> ir.Value:  # type: ignore[override]
-        value = super().op(op_type, inputs, attributes)  # type: ignore[arg-type]
-        value.dtype = dtype
+    def op(  # type: ignore[override]
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        dtype: ir.DataType,
+        shape: ir.Shape | Sequence[Any] | None = None,  # what `analyze` counts needs one
+        **attributes: Any,
+    ) -> ir.Value:
+        value = super().op(op_type, inputs, attributes)
+        value.dtype, value.shape = dtype, None if shape is None else ir.Shape(shape)
         return value
 
     def ints(self, *values: int) -> ir.Value:
@@ -149,11 +175,6 @@ class _Steps(Tape):
     def scalar(self, value: float, dtype: ir.DataType) -> ir.Value:
         """A constant [] of `dtype`."""
         return self.op("Constant", [], dtype, value=ir.tensor(np.array(value, np.float32).astype(dtype.numpy()), dtype))
-
-    def swapped(self, value: ir.Value) -> ir.Value:
-        """[B, Hkv, 1, N, D] -> [B, Hkv, 1, D, N]."""
-        assert value.dtype is not None
-        return self.op("Transpose", [value], value.dtype, perm=[0, 1, 2, 4, 3])
 
 
 class _Masks:
@@ -233,12 +254,10 @@ def _become_output(graph: ir.Graph, name: str, old: ir.Value, new: ir.Value) -> 
     old.name, new.name = f"{name}_new", name
 
 
-def _width(value: ir.Value) -> int:
-    """D of [B, H, S, D]."""
+def _sizes(value: ir.Value, *axes: int) -> list[Any]:
+    """Sizes of a value's dimensions, or their names."""
     assert value.shape is not None
-    width = value.shape[3]
-    assert isinstance(width, int)
-    return width
+    return [size if isinstance(size, int) else size.value for size in (value.shape[axis] for axis in axes)]
 
 
 def _present(value: ir.Value | None) -> ir.Value:
