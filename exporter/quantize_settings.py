@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from exporter.checkpoints import BaseDescription, ModuleKind
 from exporter.errors import ExportError
+from exporter.quantize_targets import target_problems
 from exporter.spec import BuildSpec
-from runtime.engines import Target
 from runtime.errors import InputError, raise_all
 from runtime.manifest import Task
 from runtime.quantization import QuantizationInfo, QuantizeMethod
@@ -25,12 +25,6 @@ def check_quantization(spec: BuildSpec, base: BaseDescription) -> None:
     raise_all(f"--quantize {info.weights}", problems)
 
 
-def require_engine(info: QuantizationInfo | None, target: str) -> None:
-    """Refuse for TensorRT what only ONNX Runtime reads."""
-    if info is not None:
-        raise_all(f"target {target}", list(_target_problems(info, target)))
-
-
 def _setting_problems(spec: BuildSpec, info: QuantizationInfo) -> Iterator[InputError]:
     if info.block & (info.block - 1):
         yield ExportError("a block is a power of two", where="--quantize-block", got=str(info.block), need="16 to 256")
@@ -44,20 +38,7 @@ def _setting_problems(spec: BuildSpec, info: QuantizationInfo) -> Iterator[Input
         what = "GPTQ rounds by what texts give" if is_calibrated else "only GPTQ reads texts"
         yield ExportError(what, where="--quantize-texts", got=got, fix=fix)
     for target in spec.targets:
-        yield from _target_problems(info, target)
-
-
-def _target_problems(info: QuantizationInfo, target: str) -> Iterator[InputError]:
-    if target not in tuple(Target):
-        return
-    if not info.symmetric:
-        what = "TensorRT takes no zero points but 0"
-        fix = "leave out --quantize-asymmetric"
-        yield ExportError(what, where="--quantize-asymmetric", got=f"--target {target}", fix=fix, code="E_OPERATOR")
-    if info.embedding:
-        what = "TensorRT looks up no rows of a quantised table"
-        fix = "leave out --quantize-embedding"
-        yield ExportError(what, where="--quantize-embedding", got=f"--target {target}", fix=fix, code="E_OPERATOR")
+        yield from target_problems(info, target)
 
 
 def _base_problems(base: BaseDescription, info: QuantizationInfo) -> Iterator[InputError]:

@@ -14,7 +14,7 @@ from exporter.engines.spec import EngineSpec, plugins_of, profiles_of
 from exporter.engines.tensorrt import load_builder
 from exporter.errors import ExportError
 from exporter.publish import Layout, publish_sealed, stage
-from exporter.quantize_settings import require_engine
+from exporter.quantize_targets import require_engine
 from exporter.watch import PeakMemory, StageClock, StageEvent
 from runtime.bundle import Bundle
 from runtime.engines import (

@@ -183,7 +183,8 @@ def test_engines_with_and_without_plugins(fused: Bundle) -> None:
     assert len(folders) == 3, "each choice is an engine of its own"
     assert {str(path) for path in engine_folders(fused.root)} == folders
     shown = render(open_bundle(fused.root))
-    assert "append, operators GateScalings and GatedLowRank\n" in shown
+    form = ", also for ONNX Runtime as dynamic.ort.onnx"
+    assert f"append, operators GateScalings and GatedLowRank{form}\n" in shown
     assert "dynamic (plugins GateScalings and GatedLowRank): TensorRT for RTX" in shown
     assert "dynamic (plugins GateScalings): TensorRT for RTX" in shown
 

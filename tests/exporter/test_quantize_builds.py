@@ -23,7 +23,7 @@ from exporter.graph_exports import export_graphs, open_store
 from exporter.inputs import read_inputs
 from exporter.op_lint import lint
 from exporter.parts import make_verification
-from exporter.quantize_settings import require_engine
+from exporter.quantize_targets import require_engine
 from exporter.quantized_checks import loss_of, rounding_check
 from exporter.rounding import require_rounded, round_model
 from exporter.spec import BuildSpec, DType, HotSpec

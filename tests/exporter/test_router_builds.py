@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AttentionInterface
 
 from exporter.adapters import AdapterSet
+from exporter.attention import ATTENTION_NAME
 from exporter.build_bundle import build
 from exporter.cli import main, parser
 from exporter.commands.build import _build_spec
@@ -251,8 +253,11 @@ def test_rows_that_are_not_routed_are_those_of_a_model_without_router_to_the_bit
 
 @torch.no_grad()
 @pytest.mark.parametrize("router", list(ROUTERS))
-def test_modules_that_see_tokens_without_rows_are_routed(tmp_path: Path, router: str) -> None:
-    """OPT's MLP sees [B * S, .]; each row has its own switch all the same."""
+def test_modules_that_see_tokens_without_rows_are_routed(
+    tmp_path: Path, router: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OPT's MLP sees [B * S, .]; each row has its own switch all the same. Attention is torch's: ours is but traced."""
+    monkeypatch.setitem(AttentionInterface._global_mapping, ATTENTION_NAME, plain_attention)
     base, experts = write_sources(tmp_path, router, "opt")
     spec = replace(quick(named_sources(experts), base), router=ROUTERS[router])
     parts = load_parts(read_inputs(spec))
@@ -269,6 +274,13 @@ def test_modules_that_see_tokens_without_rows_are_routed(tmp_path: Path, router:
     for row, want in zip(got, wanted, strict=True):
         assert apart(row, want) <= PARITY
     assert difference(got[0], reference.constant([1.0] * 3, tokens[0]).logits) > MATTERS
+
+
+def plain_attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **named: Any
+) -> tuple[torch.Tensor, None]:
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=named["scaling"])
+    return out.transpose(1, 2), None
 
 
 @pytest.mark.long
