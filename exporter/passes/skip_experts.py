@@ -106,7 +106,7 @@ def _skip(graph: ir.Graph, group: Group, is_used: ir.Value) -> None:
     branch = ir.Node("", "If", [is_used], outputs=outputs)
     graph.insert_after(place, [branch])
     for value, output in zip(used, outputs, strict=True):
-        value.replace_all_uses_with(output)
+        value.replace_all_uses_with(output, replace_graph_outputs=True)
         value.name = f"{value.name}/experts"
     graph.remove(taken)
     branches = {
