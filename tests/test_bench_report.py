@@ -60,18 +60,6 @@ g (int64[S] ids, float[B, C, 8] past) => (float[S, 50] logits, float[S, 8] prese
     logits = MatMul(z, wide)
 }
 """
-BRANCHED = """
-<ir_version: 8, opset_import: ["": 18]>
-agraph (float[n, 8] x, bool is_used) => (float[n, 8] logits, float[n, 8] present)
-{
-    y = If (is_used) <
-        then_branch = used () => (float[n, 8] some) { some = MatMul(x, a) },
-        else_branch = unused () => (float[n, 8] none) { none = Identity(x) }
-    >
-    present = MatMul(y, key)
-    logits = MatMul(present, head)
-}
-"""
 WEIGHTS = {"embedding": (50, 8), "key": (8, 8), "up": (8, 16), "down": (16, 8), "head": (8, 50)}
 
 
@@ -88,23 +76,6 @@ def graph(tmp_path: Path) -> Path:
 
 def test_bytes_are_counted_in_the_graph(graph: Path) -> None:
     assert graph_weights(graph) == GraphWeights(always=64 * 4, for_logits=(128 + 128) * 4 + 400 * 2)
-
-
-def test_weights_behind_an_if_are_not_of_the_scaling_pass(tmp_path: Path) -> None:
-    """Both passes read key, only the main one a; what an outer node reads besides counts in both."""
-    model = parser.parse_model(BRANCHED)
-    for name in ("key", "a", "head"):
-        model.graph.initializer.append(numpy_helper.from_array(np.ones((8, 8), np.float32), name))
-    onnx.save(model, tmp_path / "model.onnx")
-    assert graph_weights(tmp_path / "model.onnx") == GraphWeights(always=512, for_logits=256, for_scalings=256)
-    folder = tmp_path / "models"
-    (folder / "checkpoint" / "base").mkdir(parents=True)
-    config = {"num_hidden_layers": 3, "num_key_value_heads": 2, "head_dim": 4}
-    (folder / "checkpoint" / "base" / "config.json").write_text(json.dumps(config))
-    (folder / "bundle").symlink_to(tmp_path)
-    models = Models(folder, 4, Environments(tmp_path))
-    twice = Subject("twice", "fake", Computes.XLORA, "bundle", graph="model.onnx", passes=2)
-    assert reads_of(twice, models).weights == 2 * 256 + 256 + 256
 
 
 def test_each_pass_reads_the_graph_and_the_last_one_the_head(graph: Path, tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from exporter.passes.instantiate_blocks import InstantiateBlocksPass
 from exporter.passes.lower_attention import LowerAttentionPass
 from exporter.passes.name_weights import NameWeightsPass
 from exporter.passes.simplify import SimplifyPass
-from exporter.passes.skip_experts import SkipExpertsPass
 from exporter.passes.transpose_weights import TransposeWeightsPass
 from runtime.manifest import Emit
 from runtime.signature import Signature
@@ -62,13 +61,12 @@ def write_form(model: ir.Model, emit: Emit, opset: int, signature: Signature) ->
 
 
 def write_onnxruntime_form(model: ir.Model, signature: Signature) -> ir.Model:
-    """The same for ONNX Runtime's CPU provider only: opset 24, its own fusions, no experts where no row needs any."""
+    """The same for ONNX Runtime's CPU provider only: opset 24 and its own fusions."""
     return _run(
         model,
         ConvertOpsetPass(OPSETS[Emit.MODERN]),
         FuseOnnxRuntimePass(),
         LowerAttentionPass(signature),
-        SkipExpertsPass(),
         *_ending(),
     )
 

@@ -46,7 +46,6 @@ class GraphWeights:
 
     always: int
     for_logits: int  # what leads to the logits and to nothing else: not read by a call that wants no logits
-    for_scalings: int = 0  # of `always`: behind an If, not read by a call without any scalings
 
 
 def reads_of(subject: Subject, models: Models) -> Reads:
@@ -55,8 +54,7 @@ def reads_of(subject: Subject, models: Models) -> Reads:
         weights = checkpoint_weights(models.path("checkpoint"), subject.cost)
     else:
         graph = graph_weights(models.path(subject.model) / subject.graph)
-        without = (subject.passes - 1) * graph.for_scalings  # the scaling pass has none
-        weights = subject.passes * graph.always - without + graph.for_logits
+        weights = subject.passes * graph.always + graph.for_logits
     return Reads(weights, subject.caches * cache_row(models.path("checkpoint"), subject.cache_bytes))
 
 
@@ -71,29 +69,12 @@ def graph_weights(path: Path) -> GraphWeights:
     graph = onnx.load(path, load_external_data=False).graph
     sizes = {tensor.name: tensor_bytes(tensor) for tensor in graph.initializer}
     whole: set[str] = set()
-    behind: set[str] = set()
     for node in graph.node:
         by_row = BY_ROW.get(node.op_type, ())
-        inner = {name for branch in branches(node) for name in reads(branch.node)}
-        behind |= inner & set(sizes)
-        whole |= {name for place, name in enumerate(node.input) if name in sizes and place not in by_row} | behind
+        whole |= {name for place, name in enumerate(node.input) if name in sizes and place not in by_row}
     others = [output.name for output in graph.output if output.name != "logits"]
     always = ancestors(graph.node, others) & whole
-    total = lambda names: sum(sizes[name] for name in names)  # noqa: E731
-    return GraphWeights(total(always), total(whole - always), total(behind & always))
-
-
-def branches(node: onnx.NodeProto) -> list[onnx.GraphProto]:
-    """The graphs inside a node."""
-    return [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
-
-
-def reads(nodes: Iterable[onnx.NodeProto]) -> set[str]:
-    """All that the nodes and the graphs inside them read."""
-    found: set[str] = set()
-    for node in nodes:
-        found |= set(node.input).union(*(reads(branch.node) for branch in branches(node)))
-    return found
+    return GraphWeights(sum(sizes[name] for name in always), sum(sizes[name] for name in whole - always))
 
 
 def tensor_bytes(tensor: onnx.TensorProto) -> int:
@@ -109,7 +90,7 @@ def ancestors(nodes: Iterable[onnx.NodeProto], outputs: Iterable[str]) -> set[st
     wanted = set(outputs)
     for node in reversed(list(nodes)):
         if wanted & set(node.output):
-            wanted |= reads([node])
+            wanted |= set(node.input)
     return wanted
 
 

@@ -1,4 +1,4 @@
-"""Each graph's form for ONNX Runtime's CPU provider: equal numbers, caches in place, no idle experts."""
+"""Each graph's form for ONNX Runtime's CPU provider: equal numbers, caches in place."""
 
 from __future__ import annotations
 
@@ -12,21 +12,18 @@ import pytest
 from exporter.build_bundle import build
 from exporter.errors import VerifyError
 from exporter.parts import make_verification
-from exporter.passes.skip_experts import read_group
 from exporter.spec import BuildSpec
-from exporter.store import TRANSPOSED
 from exporter.verify_bundle import replay_graph
 from runtime import GenerateOptions, complete, load
 from runtime.backends import open_session
 from runtime.bundle import open_bundle
-from runtime.errors import NumericError
 from runtime.golden import GOLDEN_PATH, read_golden
 from runtime.manifest import GraphInfo, OnnxRuntimeForm, VerifyLevel
 from runtime.model import form_for
 from runtime.rows import Rows
 from runtime.session import Session, SessionSettings
 from runtime.signature import CacheStyle
-from tests.exporter.mutations import copy_of, edit_weight
+from tests.exporter.mutations import copy_of
 from tests.exporter.reseal import reseal
 from tests.exporter.tiny_builds import Built, prompt, shown
 
@@ -89,27 +86,6 @@ def test_a_form_writes_into_its_caches_and_leaves_no_attention_in_plain_operator
     assert counts == {"TensorScatter": 2 * blocks, "Attention": blocks, "Softmax": counts["Softmax"]}
     assert counts["Softmax"] <= 1, "the gate's"
     assert len(nodes) < len(list(ir.load(bundle.file(graph.path)).graph.all_nodes()))
-
-
-def test_experts_are_read_only_where_a_row_has_scalings(family_build: Builds, tmp_path: Path) -> None:
-    """NaN in every a: steps without scalings do not see them, with one row they do."""
-    bundle = family_build("llama").bundle
-    [graph] = bundle.manifest.graphs
-    assert graph.onnxruntime is not None
-    folder = copy_of(bundle.root, tmp_path)
-    model = ir.load(bundle.file(graph.onnxruntime.path))
-    inside = [node for node in model.graph.all_nodes() if node.graph is not model.graph and node.op_type == "MatMul"]
-    assert len(inside) == 4 * bundle.manifest.base.blocks + 1, "q, k and v; o; gate and up; down; and the head"
-    assert not [node for node in model.graph if read_group(node) is not None]
-    for node in inside:
-        a = node.inputs[1]
-        assert a is not None
-        assert a.name is not None
-        edit_weight(folder, a.name.removesuffix(TRANSPOSED), lambda values: np.full_like(values, np.nan))
-    base = steps(opened(bundle.root, graph), 0.0)
-    assert worst(base, steps(opened(folder, graph.onnxruntime), 0.0)) < 1e-5
-    with pytest.raises(NumericError):
-        steps(opened(folder, graph.onnxruntime), 1.0)
 
 
 def test_verification_measures_the_form_too(family_build: Builds, tmp_path: Path) -> None:
