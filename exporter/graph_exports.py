@@ -209,8 +209,12 @@ def graph_info(plan: GraphPlan, mode: Mode, mix: dict[str, float] | None, plugin
 
 
 def onnxruntime_form(name: str, signature: Signature, spec: BuildSpec, dtype: DType) -> OnnxRuntimeForm | None:
-    """What a graph's form for ONNX Runtime will be: float32 decoders with caches have one, unless nobody wants it."""
-    if not spec.onnxruntime or dtype is not DType.FLOAT32 or not signature.carries:
+    """What a graph's form for ONNX Runtime will be: float32 decoders with caches have one, unless nobody wants it.
+
+    Not the fp32 twin of another dtype: its forms would be made and verified to be thrown away.
+    """
+    is_float32 = dtype is DType.FLOAT32 and spec.dtype is DType.FLOAT32
+    if not spec.onnxruntime or not is_float32 or not signature.carries:
         return None
     style = in_style(signature, CacheStyle.ALIAS)
     return OnnxRuntimeForm(path=f"{name}.ort.onnx", opset=OPSETS[Emit.MODERN], signature=style)
