@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime import Completion, GenerateOptions, Model, complete
+from runtime import Completion, GenerateOptions, Model, NumericError, complete
+from runtime.backends.ort import OrtSession
 from runtime.request import Request
+from runtime.rows import Rows, StepResult
 from tests.same_tokens import Logits, Ties, seen_logits
 
 
@@ -45,3 +47,15 @@ def draft_anything(monkeypatch: pytest.MonkeyPatch, guess: Callable[[], int]) ->
         return draft(self, np.eye(len(logits), dtype=np.float32)[guess()], place)
 
     monkeypatch.setattr(Request, "draft", drafted)
+
+
+class Failing(OrtSession):
+    """Fails at the step of this number, before anything is computed."""
+
+    fails, calls = 0, 0
+
+    def step(self, rows: Rows) -> StepResult:
+        self.calls += 1
+        if self.calls == self.fails:
+            raise NumericError("logits", (len(rows.counts) - 1,))
+        return super().step(rows)

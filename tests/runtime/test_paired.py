@@ -19,12 +19,12 @@ from runtime.ladder import open_ladder
 from runtime.paired import Ahead, PairedPasses
 from runtime.passes import ExactPasses, Passes, Routing
 from runtime.request import Request
-from runtime.rows import Rows, StepResult
+from runtime.rows import Rows
 from runtime.session import SessionSettings, StepLimits
 from runtime.signature import CacheStyle
 from runtime.stacks import Stack
 from tests.runtime import fake_tensorrt
-from tests.runtime.compared_decoding import compare, draft_anything, random_prompts
+from tests.runtime.compared_decoding import Failing, compare, draft_anything, random_prompts
 from tests.runtime.tiny_bundles import BYTE_SHAPE, SCALING_PASS, tiny_bundle
 from tests.runtime.tiny_graphs import TinyShape, open_tiny, tiny_weights
 from tests.same_tokens import Ties
@@ -393,18 +393,6 @@ def test_bad_numbers_of_a_token_that_comes_name_its_prompt(tmp_path: Path) -> No
     ):
         events.extend(generate(model, prompts, PAIRED))  # keeps what came before the error
     assert [event.token_id for event in events if event.prompt == 3] == list(good[2][: place + 1])
-
-
-class Failing(OrtSession):
-    """Fails at the step of this number, before anything is computed."""
-
-    fails, calls = 0, 0
-
-    def step(self, rows: Rows) -> StepResult:
-        self.calls += 1
-        if self.calls == self.fails:
-            raise NumericError("logits", (len(rows.counts) - 1,))
-        return super().step(rows)
 
 
 @pytest.mark.parametrize("fails", [*range(1, 12)])
