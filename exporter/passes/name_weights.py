@@ -1,4 +1,4 @@
-"""Give every weight the name it has in the checkpoint, whatever module path the trace saw it under."""
+"""Give every weight the name it has in the checkpoint, and take its values away: what is written is the store's."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import onnx_ir as ir
 
 
 class NameWeightsPass(ir.passes.InPlacePass):
-    """Rename initializers by `names` (traced name -> our name).
+    """Rename initializers by `names` (traced name -> our name), whatever module path the trace saw them under.
 
+    They have no values from here on: rewrites that go by values (a bias of zeros is left out of its Gemm) would decide
+    by those of the base, where an adapter brings others, or by reserved memory that nobody has filled.
     Requires: every traced name that is an initializer maps to a name no other value has.
     """
 
@@ -26,4 +28,5 @@ class NameWeightsPass(ir.passes.InPlacePass):
         renamed = [(value, self.names[name]) for name, value in model.graph.initializers.items() if name in self.names]
         for value, name in renamed:
             value.name = name
+            value.const_value = None
         return ir.passes.PassResult(model, modified=bool(renamed))

@@ -162,9 +162,13 @@ def test_peft_itself_loads_no_xlora_on_bert(tmp_path: Path) -> None:
 
 
 def test_heads_that_peft_saves_with_every_classifier(tmp_path: Path) -> None:
-    """SEQ_CLS saves the head: the base's own is no obstacle, a trained one goes into static graphs alone."""
+    """SEQ_CLS saves the head: the base's own is no obstacle, a trained one goes into static graphs alone.
+
+    The base's bias is zero, as that of every fresh head: no rewrite may leave it out, the trained one is not.
+    """
     base = write_encoder(tmp_path / "base", classes=3)
     write_words(base)
+    edit_tensors(base / "model.safetensors", lambda tensors: tensors["classifier.bias"].zero_())
     experts = {
         name: write_encoder_lora(tmp_path / name, base, ("query", "value"), seed=seed, task_type="SEQ_CLS")
         for seed, name in enumerate(("own", "trained"))

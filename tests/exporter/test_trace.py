@@ -228,3 +228,15 @@ def test_two_weights_of_one_name_are_refused() -> None:
     graph = ir.Graph([], [], nodes=[], initializers=values, opset_imports={"": 18})
     with pytest.raises(ir.passes.PreconditionError, match="two weights of the trace have one name"):
         NameWeightsPass({"p_a": "w", "p_b": "w"})(ir.Model(graph, ir_version=10))
+
+
+def test_no_pass_sees_the_values_of_a_weight() -> None:
+    """They are the base's, or memory nobody has filled: what is stored may be something else."""
+    weight, constant = (
+        ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1]), const_value=ir.tensor([0.0]))
+        for name in ("p_a", "constant")
+    )
+    graph = ir.Graph([], [], nodes=[], initializers=[weight, constant], opset_imports={"": 18})
+    NameWeightsPass({"p_a": "w"})(ir.Model(graph, ir_version=10))
+    assert graph.initializers["w"].const_value is None
+    assert graph.initializers["constant"].const_value is not None
