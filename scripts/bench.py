@@ -20,6 +20,7 @@ from typing import Any
 
 from runtime.command import run_command
 from runtime.errors import InputError, MachineError, raise_all
+from runtime.huge_pages import restart_for_huge_pages
 from scripts.benchmark.environments import Environments
 from scripts.benchmark.layouts import LayoutError, Models
 from scripts.benchmark.limit import Bandwidth, reads_of
@@ -186,4 +187,5 @@ def tell(line: str) -> None:
 
 
 if __name__ == "__main__":
+    restart_for_huge_pages()
     sys.exit(main())

@@ -18,6 +18,7 @@ import numpy as np
 
 from runtime.decode import decode_from_text
 from runtime.generate import GenerateOptions, complete, requests_of
+from runtime.huge_pages import restart_for_huge_pages
 from runtime.model import Model, load
 from runtime.scheduler import Scheduler, SchedulerOptions
 
@@ -113,4 +114,5 @@ def print_gaps(chunk: int, gaps: tuple[float, float, float]) -> None:
 
 
 if __name__ == "__main__":
+    restart_for_huge_pages()
     main()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime.huge_pages import restart_for_huge_pages
 from runtime.manifest import VariantKind
 from runtime.model import Model, load
 from runtime.routing import open_passes, route_for
@@ -87,4 +88,5 @@ def change_milliseconds(model: Model, variants: list[str]) -> float:
 
 
 if __name__ == "__main__":
+    restart_for_huge_pages()
     main()

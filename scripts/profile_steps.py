@@ -21,6 +21,7 @@ import onnxruntime
 
 from runtime.backends import open_session
 from runtime.bundle import Bundle, open_bundle
+from runtime.huge_pages import restart_for_huge_pages
 from runtime.manifest import GraphInfo, OnnxRuntimeForm
 from runtime.rows import Rows
 from runtime.session import Session, SessionSettings
@@ -171,4 +172,5 @@ def feeds_of(signature: Signature, context: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    restart_for_huge_pages()
     main()

@@ -17,6 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from exporter.cli import main as exporter_main
+from runtime.__main__ import main as runtime_start
 from runtime.cli import main as runtime_main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +45,7 @@ def test_rooms_are_imported_from_this_tree(room: str) -> None:
 
 def test_console_scripts_reach_the_command_lines() -> None:
     mains = {script.name: script.load() for script in entry_points(group="console_scripts") if "xlora-" in script.name}
-    assert mains == {"xlora-export": exporter_main, "xlora-run": runtime_main}
+    assert mains == {"xlora-export": exporter_main, "xlora-run": runtime_start}
 
 
 def test_no_module_of_the_runtime_loads_an_engine_or_anything_of_the_export_side(tmp_path: Path) -> None:

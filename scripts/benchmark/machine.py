@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from runtime.huge_pages import ENABLED, TUNABLE, VARIABLE
+
 PACKAGES = ("onnxruntime", "torch", "transformers", "peft", "numpy")
 
 
@@ -22,6 +24,7 @@ class Machine:
     python: str
     versions: dict[str, str]
     date: str
+    pages: str  # which memory pages large buffers get, in all processes of the run
     load: float  # other processes that wanted a core just before the run, averaged over a minute
 
 
@@ -37,5 +40,13 @@ def this_machine() -> Machine:
         python=platform.python_version(),
         versions={package: version(package) for package in PACKAGES},
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
+        pages=memory_pages(),
         load=os.getloadavg()[0],
     )
+
+
+def memory_pages() -> str:
+    """Linux's setting for huge pages, and whether this process and those it starts ask for them."""
+    words = ENABLED.read_text().split() if ENABLED.exists() else []
+    chosen = next((word.strip("[]") for word in words if word.startswith("[")), "unknown")
+    return f"{chosen}, asked for" if f"{TUNABLE}=1" in os.environ.get(VARIABLE, "") else chosen

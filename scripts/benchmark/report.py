@@ -71,7 +71,8 @@ def opening(found: Found, machine: Machine, setting: dict[str, Any]) -> list[str
     return [
         *lines,
         f"Written by `scripts/bench` on {machine.date}: {machine.cores} cores of {machine.cpu}, "
-        f"{machine.gibibytes:g} GiB, Python {machine.python}, {setting['threads']} threads each. Untested on GPU.",
+        f"{machine.gibibytes:g} GiB, Python {machine.python}, {setting['threads']} threads each, "
+        f"huge pages: {machine.pages}. Untested on GPU.",
         ", ".join(f"{name} {number}" for name, number in sorted(packages.items())) + ".",
         "",
         f"A Llama of random, seeded weights ({model}) with LoRA experts on seven modules of each block and a layerwise "
@@ -87,10 +88,10 @@ def limit_text(found: Found) -> str:
     speed = summary(found.results.bandwidth)
     low, median, high = (short(value / 1e9) for value in (speed.low, speed.median, speed.high))
     return (
-        f"Reading 512 MiB with all threads, in between the cases: {median} GB/s ({low} to {high}). Bytes: every weight "
-        "the graph reads, once a pass (of the embedding a row), and the cached K/V; for PEFT and mistral.rs counted in "
-        "the checkpoint, for mistral.rs X-LoRA as if its scaling pass left out experts and head. The floor is these "
-        "bytes at that speed. PEFT has no cache: it computes, rather than reads."
+        f"Reading 512 MiB with all threads, the best of three in between the cases: {median} GB/s ({low} to {high}). "
+        "Bytes: every weight the graph reads, once a pass (of the embedding a row), and the cached K/V; for PEFT and "
+        "mistral.rs counted in the checkpoint, for mistral.rs X-LoRA as if its scaling pass left out experts and "
+        "head. The floor is these bytes at that speed. PEFT has no cache: it computes, rather than reads."
     )
 
 
