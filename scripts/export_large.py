@@ -24,6 +24,8 @@ import onnx_ir as ir
 import torch
 from safetensors import safe_open
 
+from exporter.store import TRANSPOSED
+
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_SECONDS = 0.05
 COMPARED = 24  # tensors, spread over the model
@@ -75,7 +77,7 @@ def measure(adapters: Path, base: Path, out: Path, dtype: str) -> Cost:
         anonymous,
         resident,
         sum(artifact["sha256"] in sources for artifact in manifest["artifacts"] if artifact["kind"] == "weights"),
-        compared(out / "dynamic.onnx", base),
+        compared(out / "dynamic.onnx", base, getattr(torch, dtype)),
     )
 
 
@@ -101,17 +103,21 @@ def field(text: str, name: str) -> int:
     return int(found.group(1)) * 1024 if found else 0
 
 
-def compared(graph: Path, base: Path) -> int:
-    """How many weights of the graph, spread over it, hold the very bytes of the checkpoint's tensor of their name."""
+def compared(graph: Path, base: Path, dtype: torch.dtype) -> int:
+    """How many weights of the graph, spread over it, hold the very bytes of the checkpoint's tensor.
+
+    It is rounded to `dtype`; a NAME.T holds its transpose.
+    """
     values = {name: value.const_value for name, value in ir.load(graph).graph.initializers.items()}
     files = {key: path for path in sorted(base.glob("*.safetensors")) for key in keys_of(path)}
-    shared = sorted(values.keys() & files.keys())
+    shared = sorted(name for name in values if name.removesuffix(TRANSPOSED) in files)
     chosen = shared[:: max(1, len(shared) // COMPARED)]
     for name in chosen:
-        tensor = values[name]
+        tensor, key = values[name], name.removesuffix(TRANSPOSED)
         assert isinstance(tensor, ir.ExternalTensor), name
-        with safe_open(files[name], "pt") as file:
-            stored = file.get_tensor(name)
+        with safe_open(files[key], "pt") as file:
+            stored = file.get_tensor(key).to(dtype)
+        stored = stored if key == name else stored.mT
         assert tensor.shape == list(stored.shape), name
         assert tensor.tobytes() == bytes_of(stored), f"{name} is not the checkpoint's"
         tensor.release()
