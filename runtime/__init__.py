@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from runtime.errors import MachineError as MachineError
     from runtime.errors import NumericError as NumericError
     from runtime.errors import UserError as UserError
-    from runtime.generate import GenerateOptions as GenerateOptions
-    from runtime.generate import Routed as Routed
     from runtime.generate import complete as complete
     from runtime.model import Model as Model
     from runtime.model import load as load
+    from runtime.prompts import GenerateOptions as GenerateOptions
+    from runtime.prompts import Routed as Routed
     from runtime.request import Completion as Completion
     from runtime.request import FinishReason as FinishReason
     from runtime.request import Timings as Timings
@@ -53,8 +53,9 @@ _HOMES = {
         ),
         "runtime.encoder_session": ("EncodedText",),
         "runtime.errors": ("InputError", "MachineError", "NumericError", "UserError"),
-        "runtime.generate": ("GenerateOptions", "Routed", "complete"),
+        "runtime.generate": ("complete",),
         "runtime.model": ("Model", "load"),
+        "runtime.prompts": ("GenerateOptions", "Routed"),
         "runtime.request": ("Completion", "FinishReason", "Timings", "TokenEvent"),
         "runtime.sampling": ("Sampling",),
         "runtime.scheduler": ("SchedulerOptions",),

@@ -18,8 +18,8 @@ from runtime.errors import InputError, raise_all
 
 if TYPE_CHECKING:
     from runtime.decode import FoldCosts
-    from runtime.generate import GenerateOptions, Routed
     from runtime.model import Model
+    from runtime.prompts import GenerateOptions, Routed
     from runtime.request import Completion
 
 MAX_PROMPT_BYTES = 16 << 20
@@ -159,10 +159,10 @@ def generate(args: argparse.Namespace) -> int:
         raise InputError("no prompt", fix="give --prompt TEXT, --prompt-ids 5,17,3 or --prompt-file FILE")
     if args.graph and args.variants:
         raise InputError("a variant names its graph", got="--variant and --graph", fix="leave out --graph")
-    from runtime.generate import Routed
     from runtime.mix import mix_note
     from runtime.mix_file import mix_from_word
     from runtime.model import load
+    from runtime.prompts import Routed
 
     mix = None if args.mix is None else mix_from_word(args.mix)
     options = dataclasses.replace(_options(args), mix=mix)
@@ -266,7 +266,7 @@ def _labels(prompts: list[Routed]) -> list[str]:
 
 def _options(args: argparse.Namespace) -> GenerateOptions:
     from runtime.decode import decode_from_text
-    from runtime.generate import GenerateOptions
+    from runtime.prompts import GenerateOptions
     from runtime.sampling import Sampling
 
     return GenerateOptions(

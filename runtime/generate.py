@@ -15,7 +15,7 @@ import numpy as np
 
 from runtime.adapter_folder.problems import gathering
 from runtime.adapter_pool import Generation
-from runtime.decode import Decode, DecodeMode, StepCount, decode_from_text
+from runtime.decode import Decode, DecodeMode, StepCount
 from runtime.errors import InputError, NumericError, raise_all
 from runtime.fold import Folding
 from runtime.folded import FoldedPasses
@@ -23,63 +23,12 @@ from runtime.frozen import FrozenText, frozen_divergence
 from runtime.ladder import frozen_from, is_gated, open_ladder, stack_for
 from runtime.model import Model
 from runtime.passes import Ids, Passes
-from runtime.request import Completion, Limits, Request, TokenEvent
-from runtime.routing import Columns, Mix, Route, route_for
-from runtime.sampling import Sampler, Sampling
+from runtime.prompts import GenerateOptions, Prompt, Routed, Way, decode_of, in_prompt, requests_of
+from runtime.request import Completion, Request, TokenEvent
 from runtime.scheduler import Scheduler, SchedulerOptions, can_schedule, run_to_end
-from runtime.session import SlotSession, StepLimits
+from runtime.session import SlotSession
 from runtime.signature import CacheStyle
 from runtime.stacks import Stack
-from runtime.text import TextStream
-
-DEFAULT_NEW_TOKENS = 128
-
-Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Routed:
-    """A prompt with a variant or a mix of its own, where the options' do not hold."""
-
-    prompt: Prompt
-    variant: str | None = None
-    mix: Mix | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class GenerateOptions:
-    """How to generate; the defaults are greedy decoding under the bundle's gate."""
-
-    max_new_tokens: int | None = None  # None: 128, or as many as the model's positions allow
-    sampling: Sampling = field(default_factory=Sampling)
-    variant: str | None = None  # a variant of the bundle, by name
-    mix: Mix | None = None  # or fixed scalings by expert name, {} for the base model; neither: the graph's gate
-    stop: tuple[str, ...] = ()  # texts that end a request; they are left out of its text
-    stop_token_ids: tuple[int, ...] = ()  # besides the model's end tokens
-    batch_size: int = 16  # prompts that run together; as one ends the next takes its place
-    kv_budget: int | None = None  # bytes of K/V; prompts beyond it wait
-    decode: str | Decode = DecodeMode.AUTO.value  # one of docs/decoding.md; of rows under the gate
-    measure_frozen: bool = False  # how far frozen (or folded) scalings are from exact, once a batch has ended
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            problems.append(InputError("max_new_tokens", got=str(self.max_new_tokens), need="at least 1"))
-        if "" in self.stop:
-            problems.append(InputError("a stop string is empty", need="at least one character"))
-        if self.batch_size < 1:
-            problems.append(InputError("batch_size", got=str(self.batch_size), need="at least 1"))
-        if self.variant is not None and self.mix is not None:
-            problems.append(InputError("a variant has its own mix", got="a variant and a mix", need="one of them"))
-        if self.kv_budget is not None and self.kv_budget < 1:
-            problems.append(InputError("kv_budget", got=str(self.kv_budget), need="at least 1"))
-        with gathering(problems):
-            decode = _decode_of(self)
-            if self.kv_budget is not None and not can_schedule(decode):
-                problems.append(
-                    InputError(f"decode {decode.mode} knows no K/V budget", got="kv_budget", fix="leave it out")
-                )
-        raise_all("options", problems)
 
 
 def generate(
@@ -128,7 +77,7 @@ def prepare(
     elif generation is not None and not (model.adapters and model.adapters.has(generation)):
         raise InputError("this generation of adapters is another model's", fix="give one of this model's adapters")
     requests, ways = requests_of(model, prompts, options, generation)
-    decode, stack = _decode_of(options), generation.stack if generation else None
+    decode, stack = decode_of(options), generation.stack if generation else None
     foldings = _foldings(model, ways, decode)
     runs: list[Iterator[TokenEvent]] = []
     for numbers in _batches(ways, options, decode):
@@ -143,26 +92,12 @@ def prepare(
 
 
 @dataclass(frozen=True, slots=True)
-class _Way:
-    """How one prompt runs."""
-
-    variant: str | None
-    route: Route
-    session: SlotSession
-
-    @property
-    def is_gated(self) -> bool:
-        """Whether there is a second pass to save."""
-        return is_gated(self.session, [self.route.routing])
-
-
-@dataclass(frozen=True, slots=True)
 class _Batch:
     """Prompts that run together, in one session."""
 
     numbers: list[int]  # of the prompts
     requests: list[Request]
-    ways: list[_Way]
+    ways: list[Way]
     decode: Decode
     adapters: Stack | None
     foldings: Mapping[str, Folding]  # by graph, where mixes are folded
@@ -195,45 +130,6 @@ class _Batch:
                 raise NumericError(error.tensor, (row,)) from error
 
 
-def requests_of(
-    model: Model, prompts: Sequence[Prompt | Routed], options: GenerateOptions, generation: Generation | None
-) -> tuple[list[Request], list[_Way]]:
-    """Each prompt as a request, on its own way where it has one, else the options'; all that is wrong, together."""
-    asked = [each if isinstance(each, Routed) else Routed(each) for each in prompts]
-    own = [each.variant is not None or each.mix is not None for each in asked]
-    loaded = generation.columns if generation else None
-    requests: list[Request] = []
-    ways: list[_Way] = []
-    default: _Way | None = None
-    problems: list[InputError] = []
-    if options.stop and model.text is None:
-        problems.append(InputError("stop strings need a tokenizer, this bundle has none", fix="use stop token ids"))
-    if not all(own):
-        try:
-            default = _way(model, options.variant, options.mix, loaded)
-        except InputError as error:  # of no prompt: it is said once
-            problems.append(error)
-    for number, (each, has_own) in enumerate(zip(asked, own, strict=True)):
-        found: list[InputError] = []
-        way = None if has_own else default
-        if has_own:
-            with gathering(found):
-                way = _way(model, each.variant, each.mix, loaded)
-        with gathering(found):
-            ids = _ids(model, each.prompt)
-            if way is not None:  # else its limits are not known
-                requests.append(_request(model, number, ids, way, options))
-                ways.append(way)
-        problems += [_in_prompt(number, problem) for problem in found]
-    raise_all("prompts", problems)
-    return requests, ways
-
-
-def _way(model: Model, variant: str | None, mix: Mix | None, loaded: Columns | None) -> _Way:
-    route = route_for(model.manifest, model.graph, variant, mix, loaded)
-    return _Way(variant, route, model.session_of(route.graph))
-
-
 def _is_continuous(session: SlotSession, prompts: int, options: GenerateOptions, decode: Decode) -> bool:
     """Whether so many prompts of one graph take each other's places, rather than run batch after batch."""
     if session.signature.cache_style is CacheStyle.NONE or not can_schedule(decode):
@@ -241,14 +137,14 @@ def _is_continuous(session: SlotSession, prompts: int, options: GenerateOptions,
     return options.kv_budget is not None or prompts > options.batch_size > 1
 
 
-def _foldings(model: Model, ways: Sequence[_Way], decode: Decode) -> dict[str, Folding]:
+def _foldings(model: Model, ways: Sequence[Way], decode: Decode) -> dict[str, Folding]:
     """By graph, how the mixes of its gated requests are folded, where they are asked to be."""
     if decode.mode is not DecodeMode.FOLDED:
         return {}
     return {graph: model.folding_of(graph) for graph in dict.fromkeys(way.route.graph for way in ways if way.is_gated)}
 
 
-def _batches(ways: Sequence[_Way], options: GenerateOptions, decode: Decode) -> list[list[int]]:
+def _batches(ways: Sequence[Way], options: GenerateOptions, decode: Decode) -> list[list[int]]:
     """The prompts, by number, that run together: those of one graph, as many as asked for and the session takes."""
     together: dict[tuple[str, int | None], list[int]] = {}
     for number, way in enumerate(ways):
@@ -277,7 +173,7 @@ def _run_continuously(model: Model, batch: _Batch, options: GenerateOptions) -> 
         found: list[InputError] = []
         with gathering(found):
             scheduler.submit(request, way.route.routing, batch.session, batch.adapters)
-        problems += [_in_prompt(number, problem) for problem in found]
+        problems += [in_prompt(number, problem) for problem in found]
     raise_all("prompts", problems)
     return run_to_end(scheduler)
 
@@ -316,10 +212,6 @@ def _require_turn(model: Model, passes: Passes) -> None:
         raise InputError("another generation has begun on this model", fix="finish one first, or load the model twice")
 
 
-def _decode_of(options: GenerateOptions) -> Decode:
-    return options.decode if isinstance(options.decode, Decode) else decode_from_text(options.decode)
-
-
 def _padded(rows: list[tuple[int, ...]]) -> tuple[Ids, Ids]:
     """Tokens [B, S] padded on the right with 0, and counts [B]."""
     counts = np.array([len(row) for row in rows], np.int64)
@@ -327,45 +219,3 @@ def _padded(rows: list[tuple[int, ...]]) -> tuple[Ids, Ids]:
     for place, row in zip(tokens, rows, strict=True):
         place[: len(row)] = row
     return tokens, counts
-
-
-def _in_prompt(number: int, error: InputError) -> InputError:
-    return InputError(str(error), where=f"prompt {number + 1}", code=error.code)
-
-
-def _request(model: Model, number: int, ids: Sequence[int], way: _Way, options: GenerateOptions) -> Request:
-    limits = Limits(
-        _new_tokens(len(ids), way.session.limits, options.max_new_tokens),
-        model.end_token_ids | frozenset(options.stop_token_ids),
-        options.stop,
-    )
-    stream = TextStream(model.text) if model.text else None
-    return Request(number, ids, limits, Sampler(options.sampling), stream, way.variant)
-
-
-def _ids(model: Model, prompt: Prompt) -> Sequence[int]:
-    """A prompt's token ids, each within the vocabulary."""
-    if isinstance(prompt, str):
-        if model.text is None:
-            raise InputError("this bundle has no tokenizer", got="text", need="token ids", fix="use --prompt-ids")
-        prompt = model.text.encode(prompt)
-    if not prompt:
-        raise InputError("the prompt is empty", need="at least one token")
-    strange = [token for token in prompt if not 0 <= token < model.vocab_size]
-    if strange:
-        raise InputError("unknown token ids", got=str(strange[:8]), need=f"0..{model.vocab_size - 1}")
-    return prompt
-
-
-def _new_tokens(prompt: int, limits: StepLimits, wanted: int | None) -> int:
-    """How many tokens may come: the last one is never fed back, so it needs no position."""
-    room = limits.positions - prompt + 1
-    if room < 1 or (wanted or 0) > room:
-        raise InputError(
-            "too long for the engine's context" if limits.fix else "too long for the model's positions",
-            got=f"{prompt} prompt tokens" + (f" and {wanted} new ones" if wanted else ""),
-            need=f"prompt + new tokens <= {limits.positions + 1}",
-            fix=limits.fix,
-            code="E_POSITIONS",
-        )
-    return min(room, DEFAULT_NEW_TOKENS) if wanted is None else wanted

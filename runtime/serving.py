@@ -17,8 +17,8 @@ from typing import Self
 
 from runtime.adapter_pool import Generation
 from runtime.errors import InputError, MachineError, UserError
-from runtime.generate import GenerateOptions, Prompt, Routed, requests_of
 from runtime.model import Model
+from runtime.prompts import GenerateOptions, Prompt, Routed, requests_of
 from runtime.request import Completion, TokenEvent
 from runtime.scheduler import Scheduler, SchedulerOptions, open_ticket
 from runtime.tickets import Ticket

@@ -17,9 +17,10 @@ from time import perf_counter
 import numpy as np
 
 from runtime.decode import decode_from_text
-from runtime.generate import GenerateOptions, complete, requests_of
+from runtime.generate import complete
 from runtime.huge_pages import restart_for_huge_pages
 from runtime.model import Model, load
+from runtime.prompts import GenerateOptions, requests_of
 from runtime.scheduler import Scheduler, SchedulerOptions
 
 PROMPT, NEW, LONG = 64, 48, 512  # tokens

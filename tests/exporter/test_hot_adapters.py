@@ -21,9 +21,10 @@ from runtime.adapter_pool import AdapterPool, Generation
 from runtime.bundle import open_bundle
 from runtime.cli import main
 from runtime.errors import InputError
-from runtime.generate import GenerateOptions, Routed, complete, generate
+from runtime.generate import complete, generate
 from runtime.model import Model
 from runtime.model import load as load_bundle
+from runtime.prompts import GenerateOptions, Routed
 from runtime.replay import replay
 from runtime.scheduler import SchedulerOptions
 from runtime.serving import Serving

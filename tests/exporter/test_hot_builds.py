@@ -43,9 +43,10 @@ from runtime.cli import main as run_main
 from runtime.compare import compare
 from runtime.engines import Target
 from runtime.errors import InputError
-from runtime.generate import GenerateOptions, Routed, complete
+from runtime.generate import complete
 from runtime.manifest import Emit, HotInfo, HotSite, MixInfo, Mode, VerifyLevel
 from runtime.model import load as load_bundle
+from runtime.prompts import GenerateOptions, Routed
 from runtime.recording import Recording, save_recording
 from runtime.replay import replay
 from runtime.routers import RouterKind

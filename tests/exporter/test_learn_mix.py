@@ -26,10 +26,11 @@ from exporter.training_texts import TrainingText, read_texts
 from runtime.backends import open_session
 from runtime.bundle import Bundle
 from runtime.errors import InputError, UserError
-from runtime.generate import GenerateOptions, complete
+from runtime.generate import complete
 from runtime.manifest import Mode, VerifyLevel
 from runtime.mix_file import MixFile, read_mix, scalings_from_file, write_mix
 from runtime.model import load as load_model
+from runtime.prompts import GenerateOptions
 from runtime.replay import replay
 from runtime.session import Session, SessionSettings
 from runtime.text import Text

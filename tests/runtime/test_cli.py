@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from runtime import cli, complete, load
-from runtime.generate import GenerateOptions
+from runtime.prompts import GenerateOptions
 from tests.runtime.tiny_bundles import tiny_bundle
 from tests.runtime.tiny_graphs import TinyShape
 

@@ -12,9 +12,10 @@ import pytest
 
 from runtime import GenerateOptions, InputError, MachineError, Model, NumericError, Routed, Sampling, complete, load
 from runtime.decode import Decode, DecodeMode
-from runtime.generate import generate, requests_of
+from runtime.generate import generate
 from runtime.model import Turn
 from runtime.passes import Routing
+from runtime.prompts import requests_of
 from runtime.request import Limits, Request
 from runtime.rows import Rows, StepResult
 from runtime.sampling import Sampler

@@ -155,7 +155,7 @@ def generated(model: Model, decode: str, monkeypatch: pytest.MonkeyPatch, warm: 
         lambda text, most: [*likely, 0][len(text) - len(PROMPT) :][:most],  # else hardly a draft comes true
     )
     seeded = lambda given: Sampler(dataclasses.replace(given, seed=next(seeds)))  # noqa: E731
-    monkeypatch.setattr("runtime.generate.Sampler", seeded)
+    monkeypatch.setattr("runtime.prompts.Sampler", seeded)
     options = GenerateOptions(max_new_tokens=4, sampling=warm, batch_size=500, decode=decode)  # the 4th is not drafted
     found = complete(model, [PROMPT] * GENERATIONS, options)
     drafts, accepted = (sum(getattr(each.timings, name) for each in found) for name in ("drafts", "accepted"))
