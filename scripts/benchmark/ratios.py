@@ -18,6 +18,7 @@ def ratio_rows(found: Found) -> list[Row]:
         ("mistral.rs X-LoRA / a paired step of two rows at 1", (RUST, 1), (TWO_ROWS, 1), "≥ 2.4"),
         ("exact / plain base at 64", (EXACT, 64), (PLAIN, 64), "≤ 2.0"),
         ("frozen / plain base at 64", (FROZEN, 64), (PLAIN, 64), "≤ 1.15"),
+        ("auto / exact at 64", ("X-LoRA auto", 64), (EXACT, 64), ""),
         ("a paired step of two rows / plain base at 64", (TWO_ROWS, 64), (PLAIN, 64), ""),
         ("plain base / GenAI fp32 at 64", (PLAIN, 64), (GENAI, 64), "≤ 1.1"),
         ("plain base int4 / GenAI int4 at 64", ("plain base, int4", 64), ("ORT GenAI base int4", 64), "≤ 1.2"),

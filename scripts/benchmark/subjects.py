@@ -61,11 +61,13 @@ class Subject:
 
 # Another decode mode, or a quantised bundle, of ours is one more entry like these: `generate` are keyword arguments
 # of runtime's GenerateOptions, `graph` is a graph of the bundle.
-def xlora(name: str, decode: str, computes: Computes, passes: int = 1, **settings: Any) -> Subject:
+def xlora(
+    name: str, decode: str, computes: Computes, passes: int = 1, *, is_swept: bool = True, **settings: Any
+) -> Subject:
     """A way of ours to decode X-LoRA."""
     return Subject(
         name, "run_ours", computes, "bundle", {"graph": "dynamic", "generate": {"decode": decode}, **settings},
-        graph="dynamic.ort.onnx", passes=passes, is_swept=not settings,
+        graph="dynamic.ort.onnx", passes=passes, is_swept=is_swept,
     )  # fmt: skip
 
 
@@ -74,9 +76,10 @@ OURS = (
     xlora("X-LoRA paired", "paired", Computes.XLORA),
     # Random experts confirm no drafts. Scaled ones do: all at 0, which leaves the cost of a step of two rows.
     *(
-        xlora(f"X-LoRA paired, experts x{scale:g}", "paired", Computes.NEAR_XLORA, expert_scale=scale)
+        xlora(f"X-LoRA paired, experts x{scale:g}", "paired", Computes.NEAR_XLORA, expert_scale=scale, is_swept=False)
         for scale in (0.0, 0.02, 0.1)
     ),
+    xlora("X-LoRA auto", "auto", Computes.XLORA, passes=2, is_swept=False),  # of random experts it chooses exact
     xlora("X-LoRA frozen", "frozen", Computes.NEAR_XLORA),
     Subject("plain base", "run_ours", Computes.BASE, "bundle", {"graph": "static"}, graph="static.ort.onnx"),
     Subject(
