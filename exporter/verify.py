@@ -122,21 +122,6 @@ class Loss:
         self.positions += len(got)
 
 
-def verify_graph(
-    session: Session,
-    scenarios: Sequence[Scenario],
-    prompts: Sequence[Sequence[int]],
-    extent: Extent,
-    limits: Limits = STAGE_A,
-) -> Measures:
-    """Run every prompt through the graph, cached, and through the reference, whole; raise nothing yet.
-
-    The first scenario gets all prompts, the others the first batch.
-    """
-    [measures] = verify_forms([session], scenarios, prompts, extent, limits)
-    return measures
-
-
 def verify_forms(
     sessions: Sequence[Session],
     scenarios: Sequence[Scenario],
@@ -144,7 +129,11 @@ def verify_forms(
     extent: Extent,
     limits: Limits = STAGE_A,
 ) -> list[Measures]:
-    """The same for every form of one graph, each in a session of its own; the reference runs a text once for all."""
+    """Run every prompt through each form of a graph, cached, and through the reference, whole; raise nothing yet.
+
+    Every form has a session of its own; the reference runs a text once for all. The first scenario gets all prompts,
+    the others the first batch.
+    """
     found = [Measures(limits) for _ in sessions]
     for i, scenario in enumerate(scenarios):
         known = replace(scenario, reference=_once(scenario.reference), base=_once(scenario.base))

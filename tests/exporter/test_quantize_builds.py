@@ -28,7 +28,7 @@ from exporter.quantized_checks import loss_of, rounding_check
 from exporter.rounding import require_rounded, round_model
 from exporter.spec import BuildSpec, DType, HotSpec
 from exporter.verification import Verification
-from exporter.verify import Extent, Loss, report_from_measures, verify_graph
+from exporter.verify import Extent, Loss, report_from_measures, verify_forms
 from exporter.verify_bundle import verify_bundle
 from exporter.verify_sources import verify_against_sources
 from runtime import GenerateOptions, Routed, complete, load
@@ -91,7 +91,7 @@ def measured(oracle: Verification, original: Verification, root: Path, graph: Gr
     scenario = oracle.scenarios(graph)[0]
     scenario = replace(scenario, original=original.scenarios(graph)[0].reference, base=original._base)
     session = opened(root, graph, how)
-    measures = verify_graph(session, [scenario], PROMPTS, Extent(4, 21, 6), oracle._limits())
+    [measures] = verify_forms([session], [scenario], PROMPTS, Extent(4, 21, 6), oracle._limits())
     session.close()
     return report_from_measures(measures, graph.name, VerifyLevel.QUICK, "C1", ""), measures
 

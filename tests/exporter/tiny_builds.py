@@ -21,7 +21,7 @@ from exporter.op_lint import inlined_and_typed, lint
 from exporter.parts import Parts, load_parts, make_verification
 from exporter.reference import Reference
 from exporter.spec import AdapterSource, BuildSpec, CacheChoice
-from exporter.verify import Extent, Scenario, report_from_measures, verify_graph
+from exporter.verify import Extent, Scenario, report_from_measures, verify_forms
 from runtime.backends import open_session
 from runtime.bundle import Bundle
 from runtime.manifest import Check, GraphInfo, TopkSoftmax, VerifyLevel, VerifyReport
@@ -206,7 +206,7 @@ def measured(
     try:
         prompts = [prompt(length, seed=length) for length in (3, 21, 14, 9)]
         chosen = scenarios or verification.scenarios(graph)[:1]
-        measures = verify_graph(session, chosen, prompts, Extent(len(prompts), 21, new_tokens))
+        [measures] = verify_forms([session], chosen, prompts, Extent(len(prompts), 21, new_tokens))
         return report_from_measures(measures, graph.name, VerifyLevel.QUICK, "A", "not needed (fp32)")
     finally:
         session.close()

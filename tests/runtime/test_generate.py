@@ -120,7 +120,7 @@ def test_without_caches_the_whole_sequence_is_fed_again(tmp_path: Path, per_leng
     with load(tiny_bundle(tmp_path / "b", shape, weights=WEIGHTS, per_length=per_length, end=()), threads=1) as model:
         want = [greedy_reference(ids_of(model, prompt), 6, logits) for prompt in PROMPTS]
         assert tokens(complete(model, PROMPTS, GenerateOptions(max_new_tokens=6))) == want
-        with pytest.raises(InputError, match="this graph keeps no K/V cache; got kv_budget. Fix: leave it out"):
+        with pytest.raises(InputError, match=r"this graph keeps no K/V cache; got kv_budget\. Fix: leave it out"):
             complete(model, PROMPTS, GenerateOptions(kv_budget=1 << 30))
 
 

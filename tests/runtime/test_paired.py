@@ -42,15 +42,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
         yield model
 
 
-@pytest.fixture
-def steps(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[Rows]:
-    """What the model's session is asked."""
-    seen: list[Rows] = []
-    step = model.session.step
-    monkeypatch.setattr(model.session, "step", lambda rows: seen.append(rows) or step(rows))
-    return seen
-
-
 @dataclasses.dataclass
 class Guesser:
     """Drafts the likeliest token."""

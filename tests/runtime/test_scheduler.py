@@ -200,15 +200,6 @@ def test_a_seed_draws_the_same_tokens_in_any_company(
 # --- steps are shared, and nobody is stalled ------------------------------------------------------
 
 
-@pytest.fixture
-def steps(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[Rows]:
-    """What the model's session is asked."""
-    seen: list[Rows] = []
-    step = model.session.step
-    monkeypatch.setattr(model.session, "step", lambda rows: seen.append(rows) or step(rows))
-    return seen
-
-
 def gated(count: int, length: int = 4) -> list[Routed]:
     return [Routed([n % SMALL.vocab + 1] * length, "xlora") for n in range(count)]
 
