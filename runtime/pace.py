@@ -11,7 +11,7 @@ from statistics import median
 from time import perf_counter
 
 WINDOW = 32  # drafts a row, and steps of each kind, that count
-STRETCH = 8  # tokens of one try with drafts
+STRETCH, LEAST_STRETCH = 8, 3  # tokens of one try with drafts: of one row; of rows that tell more at a time
 EVERY = 64  # tokens from one try of the other way to the next
 
 
@@ -43,6 +43,11 @@ def drafts_pay(accepted: float, rows: int, seconds: StepSeconds) -> bool:
     return seconds.paired + some_row_misses * seconds.drafting < seconds.scaling + seconds.main
 
 
+def stretch_of(rows: int) -> int:
+    """Tokens of one try with drafts: enough drafts to judge by, and steps to time, of which the first may not count."""
+    return max(LEAST_STRETCH, STRETCH // max(rows, 1))
+
+
 class Pace:
     """Says for each token whether to draft.
 
@@ -54,11 +59,13 @@ class Pace:
         self._drafts: deque[bool] = deque(maxlen=WINDOW * rows)
         self._seconds: dict[StepKind, deque[float]] = {kind: deque(maxlen=WINDOW) for kind in StepKind}
         self._timed_at: dict[StepKind, int] = {}  # token
-        self._clock, self._token, self._stretch = clock, 0, STRETCH
+        self._clock, self._token, self._stretch = clock, 0, 0
 
     def drafts(self, rows: int) -> bool:
         """Whether this token, of so many rows under the gate, is to be decoded with drafts. Asked once a token."""
         self._token += 1
+        if self._token == 1:
+            self._stretch = stretch_of(rows)
         if self._stretch:
             self._stretch -= 1
             return True
@@ -66,7 +73,7 @@ class Pace:
             return False
         if self._is_old(StepKind.PAIRED) or not self._drafts:
             self._drafts.clear()  # they are of another part of the text
-            self._stretch = STRETCH - 1
+            self._stretch = stretch_of(rows) - 1
             return True
         return drafts_pay(sum(self._drafts) / len(self._drafts), rows, self._typical())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -25,7 +26,7 @@ class Machine:
     versions: dict[str, str]
     date: str
     pages: str  # which memory pages large buffers get, in all processes of the run
-    load: float  # other processes that wanted a core just before the run, averaged over a minute
+    load: float  # cores that others used just before the run
 
 
 def this_machine() -> Machine:
@@ -41,7 +42,7 @@ def this_machine() -> Machine:
         versions={package: version(package) for package in PACKAGES},
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         pages=memory_pages(),
-        load=os.getloadavg()[0],
+        load=used_cores(),
     )
 
 
@@ -50,3 +51,18 @@ def memory_pages() -> str:
     words = ENABLED.read_text().split() if ENABLED.exists() else []
     chosen = next((word.strip("[]") for word in words if word.startswith("[")), "unknown")
     return f"{chosen}, asked for" if f"{TUNABLE}=1" in os.environ.get(VARIABLE, "") else chosen
+
+
+def used_cores(seconds: float = 2.0) -> float:
+    """Cores that were not idle in the next seconds; what a hypervisor took counts. 0 where /proc/stat is missing."""
+    before = processor_times()
+    time.sleep(seconds)
+    spent = [after - began for began, after in zip(before, processor_times(), strict=True)]
+    idle = sum(spent[3:5])  # idle, and waiting for a disk
+    return (1 - idle / sum(spent)) * (os.cpu_count() or 1) if sum(spent) else 0.0
+
+
+def processor_times() -> list[int]:
+    """Of all cores together, in the kernel's order: user, nice, system, idle, iowait, irq, softirq, steal."""
+    stat = Path("/proc/stat")
+    return [int(word) for word in stat.read_text().split("\n", 1)[0].split()[1:9]] if stat.exists() else []

@@ -100,6 +100,16 @@ def test_it_begins_with_drafts_and_then_times_the_other_way() -> None:
     assert drafted[-1]
 
 
+@pytest.mark.parametrize(("rows", "stretch"), [(1, 8), (2, 4), (3, 3), (8, 3)])
+def test_rows_that_tell_more_at_a_time_are_asked_for_less(rows: int, stretch: int) -> None:
+    """At first and later; a try with drafts is what `auto` costs where they do not pay."""
+    drafted = Decoding(BOUND_BY_MEMORY, rows=rows).tokens(1_000, 0.0)
+    stretches = [len(part) for part in "".join("01"[each] for each in drafted).split("0") if part]
+    assert drafted[:stretch] == [True] * stretch
+    assert set(stretches[:-1]) == {stretch}
+    assert len(stretches) > 10
+
+
 def test_the_first_step_of_each_kind_does_not_count() -> None:
     """It binds memory, and there may be no second one for long."""
     pace = Decoding(BOUND_BY_MEMORY).pace
@@ -166,6 +176,7 @@ def test_drafts_of_rows_that_ended_are_no_misses(tmp_path: Path, monkeypatch: py
     """Experts of zeros: every draft that meets a token comes true. Half of the rows end with a draft in hand."""
     seen: list[bool] = []
     saw_draft = Pace.saw_draft
+    monkeypatch.setattr("runtime.pace.LEAST_STRETCH", STRETCH)  # long enough for rows to end in it
     monkeypatch.setattr(
         Pace, "saw_draft", lambda self, *, came_true: seen.append(came_true) or saw_draft(self, came_true=came_true)
     )
