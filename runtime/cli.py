@@ -233,7 +233,7 @@ def _decoding_notes(completions: Sequence[Completion]) -> Iterator[str]:
     drafts = sum(completion.timings.drafts for completion in completions)
     accepted = sum(completion.timings.accepted for completion in completions)
     steps, exact = (sum(getattr(each.timings, name) for each in completions) for name in ("steps", "exact_steps"))
-    if drafts:
+    if drafts and exact:
         came = f"{accepted} of {drafts} came true ({accepted / drafts:.0%})"
         yield f"drafts: {came}; {steps / exact:.0%} of the steps of exact"
     found = [each.divergence for each in completions if each.divergence is not None]

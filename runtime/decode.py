@@ -66,6 +66,10 @@ class StepCount:
         """As it is now."""
         return StepCount(self.taken, self.exact)
 
+    def since(self, before: StepCount) -> StepCount:
+        """What has come on top of `before`."""
+        return StepCount(self.taken - before.taken, self.exact - before.exact)
+
 
 @dataclass(frozen=True, slots=True)
 class FoldCosts:

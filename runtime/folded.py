@@ -60,6 +60,7 @@ class FoldedPasses:
         if self._folded is not None:
             logits = last_logits(self._folded, Rows(tokens, counts, slice(0, 1), None, last_index(counts)))
             self._folded_steps.append(self._clock() - began)
+            self._frozen.count_steps(1, counts)
             return logits
         logits = self._passes.forward(tokens, counts)
         if stays:

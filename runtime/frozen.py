@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.decode import Divergence, Freeze
+from runtime.decode import Divergence, Freeze, StepCount
 from runtime.errors import UserError
 from runtime.measures import Wide, divergence
 from runtime.passes import CHUNK, Floats, Ids, Layout, Routing, last_logits, nowhere
@@ -71,9 +71,11 @@ class FrozenPasses:
         until: Sequence[int],
         freeze: Freeze = Freeze.LAST,
         adapters: Stack | None = None,
+        steps: StepCount | None = None,
     ) -> None:
         """`until`: by row, how many tokens get scalings of their own, the prompt's included."""
         self._session, self._layout = session, Layout(session, routings)
+        self._steps = steps or StepCount()
         gated = self._layout.gated
         self._until = np.array(until, np.int64)[self._layout.order[:gated]]
         self._scalings = Scalings(gated, freeze)
@@ -98,7 +100,9 @@ class FrozenPasses:
         with layout.numbered():
             if not live.any():
                 gates = self._scalings.stays(tokens.shape[1]) if head.any() else None
-                return last_logits(self._session, layout.main_pass(tokens, counts, gates))[layout.back]
+                logits = last_logits(self._session, layout.main_pass(tokens, counts, gates))
+                self.count_steps(1, head)
+                return logits[layout.back]
             rows = layout.scaling_pass(tokens[: layout.gated], live, nowhere(layout.gated))
             gate = self._session.step(rows).gate
             assert gate is not None
@@ -110,7 +114,13 @@ class FrozenPasses:
                     self._session.truncate(slot, length)
                 raise
         self._scalings.keep(gate, live)
+        self.count_steps(2, head)
         return logits[layout.back]
+
+    def count_steps(self, taken: int, gated: Ids) -> None:
+        """So many steps brought the gated rows further by these counts; `exact` takes two where any moves."""
+        self._steps.taken += taken
+        self._steps.exact += 1 + bool(gated.any())
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,14 +30,14 @@ def open_ladder(
 ) -> Passes:
     """The passes that decode these requests, one routing each; `exact` where the mode cannot be used.
 
-    `steps` counts those of passes that draft. `open_folded`: what `folded` needs, for one request.
+    `steps` counts the session's steps. `open_folded`: what `folded` needs, for one request.
     """
     stack = stack_for(session, adapters)
     if not is_gated(session, routings) or decode.mode is DecodeMode.EXACT:
-        return open_passes(session, routings, stack)
+        return open_passes(session, routings, stack, steps)
     if decode.freezes:
         until = [frozen_from(request, decode) for request in requests]
-        frozen = FrozenPasses(session, routings, until, decode.freeze, stack)
+        frozen = FrozenPasses(session, routings, until, decode.freeze, stack, steps)
         passes = in_chunks(session, frozen)
         return passes if open_folded is None else FoldedPasses(session, frozen, passes, open_folded)
     if decode.mode is DecodeMode.LOOKUP or decode.drafts > 1:

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.decode import StepCount
 from runtime.errors import NumericError
 from runtime.rows import Rows
 from runtime.session import Session
@@ -96,8 +97,15 @@ class ExactPasses:
     Every cache is append-only.
     """
 
-    def __init__(self, session: Session, routings: Sequence[Routing], adapters: Stack | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        routings: Sequence[Routing],
+        adapters: Stack | None = None,
+        steps: StepCount | None = None,
+    ) -> None:
         self._session, self._layout = session, Layout(session, routings)
+        self._steps = steps or StepCount()
         session.allocate(self._layout.slots, adapters)
 
     def forward(self, tokens: Ids, counts: Ids) -> Floats:
@@ -106,7 +114,11 @@ class ExactPasses:
         tokens, counts = tokens[layout.order], counts[layout.order]
         with layout.numbered():
             gates = self._gates(tokens[: layout.gated], counts[: layout.gated])
-            return last_logits(self._session, layout.main_pass(tokens, counts, gates))[layout.back]
+            logits = last_logits(self._session, layout.main_pass(tokens, counts, gates))
+        taken = 1 + (gates is not None)
+        self._steps.taken += taken
+        self._steps.exact += taken
+        return logits[layout.back]
 
     def _gates(self, tokens: Ids, counts: Ids) -> Floats | None:
         """[G, S, G, E] of the gated rows."""

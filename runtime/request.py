@@ -44,7 +44,7 @@ class Timings:
     total_seconds: float
     drafts: int = 0  # tokens guessed ahead
     accepted: int = 0  # of these, those that came
-    steps: int = 0  # of its batch until it ended, where drafts were asked for
+    steps: int = 0  # of its session from its first to its last, whoever shared them
     exact_steps: int = 0  # and those that `exact` would have taken
 
 

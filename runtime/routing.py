@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtime.adapter_inputs import adapter_inputs
+from runtime.decode import StepCount
 from runtime.errors import InputError
 from runtime.manifest import AdapterKind, GraphInfo, Manifest, MixInfo
 from runtime.mix import require_unmixed
@@ -76,9 +77,11 @@ def routing_for(manifest: Manifest, graph: GraphInfo, mix: Mix | None, loaded: C
     return Routing(row, is_gated=True, per_length=gate.scaling_pass_row_per_length)
 
 
-def open_passes(session: Session, routings: Sequence[Routing], adapters: Stack | None = None) -> Passes:
+def open_passes(
+    session: Session, routings: Sequence[Routing], adapters: Stack | None = None, steps: StepCount | None = None
+) -> Passes:
     """The passes that decode a batch, one routing a row; all rows read the same adapters."""
-    passes = ExactPasses(session, routings, adapters if adapter_inputs(session.signature) else None)
+    passes = ExactPasses(session, routings, adapters if adapter_inputs(session.signature) else None, steps)
     if session.signature.cache_style is CacheStyle.NONE:
         return WholeSequence(passes)
     return in_chunks(session, passes)

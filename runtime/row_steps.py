@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from runtime.decode import StepCount
 from runtime.pace import Pace
 from runtime.paired import PairedPasses
 from runtime.passes import ExactPasses, Floats, Ids, Passes
@@ -19,17 +20,19 @@ from runtime.tickets import Ticket
 class RowSteps:
     """All rows are of one session. After an error both slots of a request end at one token, so a call may be repeated.
 
-    `pairs`: whether decode steps carry drafts, at the pace that says so, or always without one.
+    `count`: of all steps so far, and of those that `exact` would have taken. `pairs`: whether decode steps carry drafts, at the pace that says so, or always without one.
     """
 
     def __init__(self, session: SlotSession, pool: SlotPool[Ticket], *, pairs: bool, pace: Pace | None) -> None:
         self._session, self._pool = session, pool
         self._pairs, self._pace = pairs, pace
+        self.count = StepCount()
         self._decoder: tuple[object, Passes] | None = None  # of which rows at which slots, and what decodes them
 
     def prefill(self, rows: Sequence[Ticket], tokens: Ids, counts: Ids) -> Floats:
         """Logits [B, V] after the tokens [B, S] of these prompts, right-padded after counts [B]."""
-        return self._run(rows, ExactPasses(self._view(rows), [row.routing for row in rows]), tokens, counts)
+        passes = ExactPasses(self._view(rows), [row.routing for row in rows], steps=self.count)
+        return self._run(rows, passes, tokens, counts)
 
     def decode(self, rows: Sequence[Ticket]) -> Floats:
         """Logits [B, V] after each row's newest token."""
@@ -72,8 +75,8 @@ class RowSteps:
     def _decoder_of(self, rows: Sequence[Ticket], view: SlotView) -> Passes:
         routings = [row.routing for row in rows]
         if self._pairs and any(row.claim.is_gated for row in rows):
-            return PairedPasses(view, routings, rows, self._pace)
-        return ExactPasses(view, routings)
+            return PairedPasses(view, routings, rows, self._pace, steps=self.count)
+        return ExactPasses(view, routings, steps=self.count)
 
     def _view(self, rows: Sequence[Ticket]) -> SlotView:
         """The slots of these rows in the order of `runtime.passes.Layout`."""

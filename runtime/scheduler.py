@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from time import perf_counter
 
 from runtime.decode import Decode, DecodeMode
 from runtime.errors import InputError, MachineError, NumericError, UserError, raise_all
@@ -166,7 +165,7 @@ class Scheduler:
                 continue
             self._running.append(self._waiting.popleft())
             self._prefilling.append(ticket)
-            ticket.began = perf_counter()
+            ticket.begin(lease.steps.count)
 
     def _lease_for(self, ticket: Ticket) -> Lease | None:
         """The lease that a ticket needs; None while other ones' requests run."""
@@ -257,7 +256,7 @@ class Scheduler:
             if ticket.left:
                 self._prefilling.append(ticket)  # behind those that wait for their turn
             else:
-                events.append(self._accept(ticket, row))
+                events.append(self._accept(ticket, row, steps))
         return events
 
     def _group(self, steps: RowSteps, budget: int) -> list[Ticket]:
@@ -278,10 +277,10 @@ class Scheduler:
         except NumericError as error:
             self._fail_rows(rows, error)
             return []
-        return [self._accept(ticket, row) for ticket, row in zip(rows, logits, strict=True)]
+        return [self._accept(ticket, row, steps) for ticket, row in zip(rows, logits, strict=True)]
 
-    def _accept(self, ticket: Ticket, logits: Floats) -> TokenEvent:
-        event = ticket.accept(logits)
+    def _accept(self, ticket: Ticket, logits: Floats, steps: RowSteps) -> TokenEvent:
+        event = ticket.accept(logits, steps.count)
         if ticket.request.is_done:
             self._leave(ticket)
         return event

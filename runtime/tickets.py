@@ -7,6 +7,7 @@ from time import perf_counter
 
 import numpy as np
 
+from runtime.decode import StepCount
 from runtime.errors import UserError
 from runtime.passes import Floats, Ids, Routing
 from runtime.request import Request, TokenEvent
@@ -25,6 +26,7 @@ class Ticket:
         self.session, self.adapters = session, adapters  # requests of one step share both
         self.fed = 0  # tokens of the prompt that the network has seen
         self.began = 0.0  # when it left the queue
+        self.steps_before = StepCount()  # of its scheduler's lease, when it left the queue
         self._drafted: int | None = None  # a guess of the next token, once it is drawn
         self.error: UserError | None = None
         self.is_cancelled = False
@@ -59,9 +61,14 @@ class Ticket:
             self._drafted = self.request.draft(logits)
         return self._drafted
 
-    def accept(self, logits: Floats) -> TokenEvent:
-        """The next token, chosen from logits [V]."""
+    def begin(self, steps: StepCount) -> None:
+        """It leaves the queue; `steps` have been taken before."""
+        self.began, self.steps_before = perf_counter(), steps.copy()
+
+    def accept(self, logits: Floats, steps: StepCount) -> TokenEvent:
+        """The next token, chosen from logits [V] after so many steps of its scheduler's lease."""
         self._drafted = None
+        self.request.steps = steps.since(self.steps_before)
         return self.request.accept(logits, perf_counter() - self.began)
 
 

@@ -312,3 +312,43 @@ def test_a_mix_of_percentages_is_remarked_on(bundle: Path, capsys: pytest.Captur
     name = json.loads((bundle / "manifest.json").read_text())["experts"][0]["name"]
     assert cli.main(["generate", str(bundle), "--prompt", "a", "--max-new-tokens", "1", "--mix", f"{name}=70"]) == 0
     assert f"note: weights are factors, 0.7 is 70 %: the mix has {name}=70" in capsys.readouterr().err
+
+
+SEVERAL = {
+    "more prompts than a batch": ["--batch-size", 2],
+    "a K/V budget": ["--kv-budget", 1 << 30],
+    "both": ["--batch-size", 2, "--kv-budget", 1 << 30],
+    "one after the other": ["--batch-size", 1],
+    "streamed": ["--stream"],
+    "a batch": [],
+}
+
+
+@pytest.mark.parametrize("decode", ["exact", "paired", "auto", "paired:2", "lookup", "frozen:2"])
+@pytest.mark.parametrize("name", SEVERAL)
+def test_any_way_to_run_several_prompts_ends_well_and_tells_true_steps(
+    bundle: Path, name: str, decode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "--kv-budget" in SEVERAL[name] and decode not in ("exact", "paired", "auto"):
+        pytest.skip("knows no K/V budget")
+    prompts = [word for ids in ("5,17", "6,1,9,3", "7") for word in ("--prompt-ids", ids)]
+    words = ["generate", bundle, *prompts, "--max-new-tokens", 6, "--decode", decode, *SEVERAL[name]]
+    code, out, err = run(*words, capsys=capsys)
+    assert (code, "Traceback" in err) == (0, False)
+    for share in re.findall(r"(\d+)% of the steps of exact", err):
+        assert 0 < int(share) <= 200
+    if name == "streamed":
+        return
+    code, out, _ = run(*words, "--json", capsys=capsys)
+    timings = [json.loads(line)["timings"] for line in out.splitlines()]
+    assert code == 0
+    assert all(each["exact_steps"] >= 12 and each["steps"] > 0 for each in timings)
+
+
+def test_steps_under_a_fixed_mix_are_counted_too(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = [word for ids in ("5,17", "6,1,9,3", "7") for word in ("--prompt-ids", ids)]
+    words = ["generate", bundle, *prompts, "--max-new-tokens", 6, "--mix", "math=1", "--json", "--batch-size", 2]
+    code, out, _ = run(*words, capsys=capsys)
+    timings = [json.loads(line)["timings"] for line in out.splitlines()]
+    assert code == 0
+    assert all(each["steps"] == each["exact_steps"] >= 6 for each in timings)

@@ -20,6 +20,7 @@ from runtime.request import Limits, Request
 from runtime.rows import Rows, StepResult
 from runtime.sampling import Sampler
 from runtime.scheduler import Scheduler, SchedulerOptions
+from runtime.serving import Serving
 from runtime.session import StepLimits
 from runtime.signature import CacheStyle
 from runtime.tickets import Ticket
@@ -768,3 +769,36 @@ def test_ways_that_are_not_scheduled_know_no_budget() -> None:
         GenerateOptions(decode="frozen", kv_budget=1 << 20)
     with pytest.raises(InputError, match="kv_budget; got 0; need at least 1"):
         GenerateOptions(kv_budget=0)
+
+
+# --- the numbers of steps are those of the session ------------------------------------------------
+
+
+@pytest.mark.parametrize("decode", MODES)
+@pytest.mark.parametrize("way", ["batch", "scheduler", "budget", "serving"])
+def test_whatever_runs_a_request_counts_its_steps(model: Model, steps: list[Rows], decode: str, way: str) -> None:
+    """All prompts are there at once and end together: each has seen all steps of the session, and so in any way."""
+    prompts, how = gated(3), GenerateOptions(max_new_tokens=6, decode=decode)
+    if way == "serving":
+        with Serving(model, options_for(decode, rows=3)) as serving:
+            found = [serving.submit(prompts[0], GenerateOptions(max_new_tokens=6)).completion(60)]
+    else:
+        others = {"batch": {}, "scheduler": {"batch_size": 2}, "budget": {"kv_budget": 1 << 30}}[way]
+        found = complete(model, prompts, dataclasses.replace(how, **others))
+    counts = [(each.timings.steps, each.timings.exact_steps) for each in found]
+    assert max(taken for taken, _ in counts) <= len(steps)
+    assert all(taken > 0 and exact >= 12 for taken, exact in counts)  # prefill, then five tokens, two passes each
+    if way != "scheduler":
+        assert {taken for taken, _ in counts} == {len(steps)}
+    if decode == "exact":
+        assert all(taken == exact for taken, exact in counts)
+
+
+def test_a_request_that_waited_counts_its_own_steps(model: Model, steps: list[Rows]) -> None:
+    """One row at a time: together they have taken all steps, none twice."""
+    how = GenerateOptions(
+        max_new_tokens=5, batch_size=2, kv_budget=2 * model.session.cache_bytes(1, 64), decode="exact"
+    )
+    found = complete(model, [*gated(3), Routed([3] * 4, "math")], how)
+    assert sum(each.timings.steps for each in found) == len(steps) == sum(each.timings.exact_steps for each in found)
+    assert [each.timings.steps for each in found] == [10, 10, 10, 5]
