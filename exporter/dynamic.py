@@ -145,6 +145,21 @@ def implemented(model: PreTrainedModel, attention: str, experts: str) -> Iterato
 
 
 @contextmanager
+def without_padding_token(model: PreTrainedModel) -> Iterator[None]:
+    """The config without its padding token: with one, transformers looks for it in the ids, and fake ones have none.
+
+    Only to warn (`warn_if_padding_and_no_attention_mask`): no decoder computes with it.
+    """
+    config = model.config
+    before = config.pad_token_id
+    config.pad_token_id = None
+    try:
+        yield
+    finally:
+        config.pad_token_id = before
+
+
+@contextmanager
 def refusing_untraceable(model: PreTrainedModel, where: str) -> Iterator[None]:
     """Whatever a model's own code raises in here becomes one error that names the model."""
     try:
@@ -172,6 +187,7 @@ def cache_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
         implemented(model, ATTENTION_NAME, EXPERTS_NAME),
         torch.no_grad(),
         FakeTensorMode(allow_non_fake_inputs=True),
+        without_padding_token(model),
     ):
         model.base_model(input_ids=ids, position_ids=ids, past_key_values=state, use_cache=True, cache_state=state)
     if not state.windows:  # or its cache would be filled and never read, and no token kept from later ones
@@ -213,6 +229,7 @@ def grouped_by_input(model: PreTrainedModel, sites: Sequence[Site]) -> list[list
                 implemented(model, "eager", EXPERTS_NAME),
                 torch.no_grad(),
                 FakeTensorMode(allow_non_fake_inputs=True),
+                without_padding_token(model),
             ):
                 model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
     finally:

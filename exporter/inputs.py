@@ -22,7 +22,7 @@ from exporter.encoder_settings import encoder_info, encoder_notes, refuse_for_en
 from exporter.errors import ExportError
 from exporter.hot_build import check_hot_spec, hot_paths
 from exporter.merges.merge import settled
-from exporter.model_facts import refuse_untraceable, untying_notes
+from exporter.model_facts import require_traceable, untying_notes
 from exporter.quantize_settings import check_quantization
 from exporter.router_choice import check_router, require_input_vectors, routed_adapters
 from exporter.spec import BuildSpec, CacheChoice, DType
@@ -61,7 +61,7 @@ def read_inputs(spec: BuildSpec) -> Inputs:
         adapters = read_adapters(spec.adapters, spec.gate, topk_softmax=rule, cache=cache, uses_gate=not has_router)
     base = describe_base(base_reference(spec.base, adapters), spec.task)
     refuse_for_encoder(base, adapters, spec)
-    refuse_untraceable(base, spec.emit)
+    require_traceable(base, spec.emit)
     check_quantization(spec, base)
     notes = check_against_base(adapters, base)
     if base.task is Task.TEXT_CLASSIFICATION:

@@ -9,7 +9,7 @@ from exporter.adapters import AdapterSet, Expert, GateConfig
 from exporter.checkpoints import BaseDescription, base_reference, check_against_base, describe_base, read_adapters
 from exporter.checkpoints.gate_config import ORIGINAL_CONFIG, PEFT_CONFIG, Layout, layout_of
 from exporter.errors import ExportError
-from exporter.model_facts import refuse_untraceable
+from exporter.model_facts import require_traceable
 from exporter.spec import AdapterSource, CacheChoice
 from runtime.adapter_folder.files import is_file, is_folder
 from runtime.errors import Problems, UserError
@@ -41,7 +41,7 @@ def inspect_checkpoint(path: Path) -> InspectReport:
         if report.kind == "base model":
             base = describe_base(str(path))
             _add_base(report, base)
-            refuse_untraceable(base, Emit.PORTABLE)
+            require_traceable(base, Emit.PORTABLE)
         else:
             _inspect_adapters(report)
     except UserError as error:
@@ -126,7 +126,7 @@ def _check_base(report: InspectReport, adapters: AdapterSet) -> None:
     base = describe_base(reference)
     _add_base(report, base)
     report.notes += check_against_base(adapters, base)
-    refuse_untraceable(base, Emit.PORTABLE)
+    require_traceable(base, Emit.PORTABLE)
 
 
 def _add_base(report: InspectReport, base: BaseDescription) -> None:

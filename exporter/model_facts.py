@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from exporter.checkpoints import BaseDescription, ModuleKind
+from exporter.checkpoints.base import meta_model
 from exporter.dynamic import cache_shapes, head_path
 from exporter.encoder import encoder_kinds
 from exporter.encoder_settings import positions_of
@@ -97,6 +98,17 @@ def refuse_untraceable(base: BaseDescription, emit: Emit) -> None:
             where="--emit modern",
             fix="--emit portable",
         )
+
+
+def require_traceable(base: BaseDescription, emit: Emit) -> None:
+    """All that can be asked of a base before its weights are read: for `build` and `inspect` alike.
+
+    The config's fields, then for a decoder one forward in fake tensors of a model whose memory nobody touches.
+    """
+    refuse_untraceable(base, emit)
+    if base.task is Task.TEXT_GENERATION:
+        model = meta_model(base.config, base.folder, base.task, base.options)
+        cache_shapes(model.to_empty(device="cpu").eval())
 
 
 def signature_shape(

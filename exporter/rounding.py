@@ -101,8 +101,16 @@ def require_same_operators(proof: Exported, rounded: Exported) -> None:
 
 
 def operators(model: ir.Model) -> list[str]:
-    """Operator names, sorted, without Cast and its kin."""
-    return sorted(node.op_type for node in model.graph if node.op_type not in ("Cast", "CastLike"))
+    """What the nodes compute, sorted, without Cast and its kin."""
+    return sorted(_meaning(node) for node in model.graph if node.op_type not in ("Cast", "CastLike"))
+
+
+def _meaning(node: ir.Node) -> str:
+    """An operator's name; a Clip with one limit is the Min or Max of two: torch writes clamp by dtype as either."""
+    if node.op_type == "Clip":
+        low, high = (*node.inputs, None, None)[1:3]
+        return {(True, False): "Max", (False, True): "Min"}.get((low is not None, high is not None), "Clip")
+    return node.op_type
 
 
 def _differs(rounded: Exported, where: str, got: str) -> VerifyError:

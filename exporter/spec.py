@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from exporter.errors import ExportError
+from runtime.asked import settle
 from runtime.engines import Target
 from runtime.manifest import Emit, MergeInfo, MixInfo, Mode, Pooling, Task, TopkSoftmax, VerifyLevel
 from runtime.quantization import QuantizationInfo
@@ -49,6 +51,9 @@ class HotSpec:
     max_experts: int | None = None  # None: as many as are given
     targets: tuple[str, ...] = ()  # besides those of the given adapters: module names or ends of paths, or all-linear
 
+    def __post_init__(self) -> None:
+        settle(self, ExportError)
+
 
 class ScalingsChoice(StrEnum):
     """How many rows of scalings a token has in the dynamic graph."""
@@ -65,6 +70,9 @@ class VariantSpec:
     mix: MixInfo
     is_static: bool = False
 
+    def __post_init__(self) -> None:
+        settle(self, ExportError)
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterSource:
@@ -73,6 +81,9 @@ class AdapterSource:
     path: Path
     name: str | None = None
     key: str | None = None
+
+    def __post_init__(self) -> None:
+        settle(self, ExportError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +96,9 @@ class RouterSpec:
     temperature: float | None = None  # arrow
     seed: int | None = None  # arrow
     general: tuple[str, ...] = ()  # arrow: adapters whose mean is subtracted from the others
+
+    def __post_init__(self) -> None:
+        settle(self, ExportError)
 
 
 class Per(StrEnum):
@@ -111,6 +125,9 @@ class LearnSpec:
     learning_rate: float = 0.3
     validation: float = 0.2  # share of the items
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        settle(self, ExportError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +164,9 @@ class BuildSpec:
     normalize: bool | None = None  # embeddings to length 1; None: as a sentence-transformers folder says, else not
     onnxruntime: bool = True  # each float32 decoder graph also in a form for ONNX Runtime's CPU provider
     targets: tuple[Target, ...] = ()  # engines to be built from the bundle: what they cannot take is refused early
+
+    def __post_init__(self) -> None:
+        settle(self, ExportError)
 
     @property
     def mix_info(self) -> MixInfo | None:

@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from runtime.request import Completion
 
 MAX_PROMPT_BYTES = 16 << 20
+STDIN = Path("-")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +73,8 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     prompts = command.add_argument_group("prompts, in the order given; at least one")
     prompts.add_argument("--prompt", dest="prompts", action="append", metavar="TEXT", type=str)
     prompts.add_argument("--prompt-ids", dest="prompts", action="append", metavar="5,17,3", type=_ids)
-    prompts.add_argument("--prompt-file", dest="prompts", action="append", metavar="FILE", type=Path)
+    whole = "the whole file, or standard input for -, without one line break at its end"
+    prompts.add_argument("--prompt-file", dest="prompts", action="append", metavar="FILE|-", type=Path, help=whole)
     add("--max-new-tokens", type=int, metavar="N", help="default 128, or what the model's positions allow")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     ways = command.add_argument_group("how the experts are mixed; default: by the gate")
@@ -317,12 +320,13 @@ def _texts(prompts: Sequence[str | tuple[int, ...] | Path]) -> list[str | tuple[
 
 
 def _read(path: Path) -> str:
-    """A prompt file's whole content, a last line break included."""
+    """A prompt file's content without one line break at its end, as shells read files; - is standard input."""
     try:
-        with path.open("rb") as file:
+        with nullcontext(sys.stdin.buffer) if path == STDIN else path.open("rb") as file:
             data = file.read(MAX_PROMPT_BYTES + 1)
         if len(data) <= MAX_PROMPT_BYTES:
-            return data.decode()
+            text = data.decode()
+            return text[:-2] if text.endswith("\r\n") else text.removesuffix("\n")
         problem = f"more than {MAX_PROMPT_BYTES} bytes"
     except OSError as error:
         problem = error.strerror or str(error)

@@ -6,6 +6,8 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from typing import TextIO
 
 from runtime.errors import MachineError, UserError
 
@@ -32,15 +34,40 @@ def run_command(
     except KeyboardInterrupt:
         return _fail(interrupted, INTERRUPTED)
     except BrokenPipeError:  # the reader, such as `head`, has enough
-        # What Python flushes at its end goes nowhere; else it may end with 120 (its docs on SIGPIPE).
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_nowhere()
         return 0
-    except Exception:  # noqa: BLE001 - a defect of ours keeps its traceback
-        traceback.print_exc()
+    except Exception as error:  # noqa: BLE001 - a defect of ours keeps its traceback
+        if isinstance(error, OSError) and _is_unwritable(sys.stdout):
+            code = _fail(f"error: cannot print: {error.strerror or error}", MachineError.exit_code)
+            _print_nowhere()
+            return code
+        with suppress(OSError):
+            traceback.print_exc()
         return BUG
     return code
 
 
+def _is_unwritable(stream: TextIO | None) -> bool:
+    """Whether what was printed cannot be written: the device is full, the reader has gone."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except OSError:
+        return True
+    return False
+
+
+def _print_nowhere() -> None:
+    """What Python flushes at its end goes nowhere; else it may end with 120 (its docs on SIGPIPE)."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        if _is_unwritable(stream):
+            os.dup2(nowhere, stream.fileno())
+
+
 def _fail(message: str, code: int) -> int:
-    print(message, file=sys.stderr)
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError:  # nobody reads it; the code says it
+        _print_nowhere()
     return code

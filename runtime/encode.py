@@ -13,12 +13,14 @@ from typing import Self
 
 import numpy as np
 
+from runtime.asked import require_options, settle, settled
 from runtime.bundle import open_bundle
 from runtime.encoder_passes import encode_batch
 from runtime.encoder_session import EncodedText, EncoderSession, Floats
 from runtime.engines import Target
 from runtime.errors import InputError, NumericError, raise_all
 from runtime.manifest import EncoderInfo, GraphInfo, Manifest, Scores, Task
+from runtime.mix_file import mix_of
 from runtime.model import pick_graph, require_task, variant_named
 from runtime.routing import Mix, Route, route_for
 from runtime.session import SessionSettings
@@ -35,6 +37,10 @@ class Variant:
     variant: str | None = None
     mix: Mix | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mix", mix_of(self.mix))
+        object.__setattr__(self, "variant", settled("variant", self.variant, str | None))
+
 
 @dataclass(frozen=True, slots=True)
 class EncodeOptions:
@@ -46,6 +52,8 @@ class EncodeOptions:
     truncate: bool = False  # cut texts that are too long, where they else are an error
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "mix", mix_of(self.mix))
+        settle(self)
         if self.batch_size < 1:
             raise InputError("batch_size", got=str(self.batch_size), need="at least 1")
         if self.variant is not None and self.mix is not None:
@@ -110,6 +118,9 @@ def load_encoder(
     threads: int | None = None,
 ) -> Encoder:
     """Open an encoder's bundle, on ONNX Runtime. `graph` and `variant` choose as in `load`."""
+    threads, path = settled("threads", threads, int | None), settled("path", path, Path)
+    graph, variant = settled("graph", graph, str | None), settled("variant", variant, str | None)
+    backend, provider = settled("backend", backend, str), settled("provider", provider, str)
     if threads is not None and threads < 1:
         raise InputError("threads", got=str(threads), need="at least 1")
     bundle = open_bundle(Path(path))
@@ -136,7 +147,7 @@ def load_encoder(
 def embed(encoder: Encoder, texts: Sequence[SourceText | Variant], options: EncodeOptions | None = None) -> Floats:
     """[N, H]: one embedding a text, in the order of the texts."""
     _require(encoder, Task.FEATURE_EXTRACTION)
-    return _encode(encoder, texts, options or EncodeOptions())
+    return _encode(encoder, texts, require_options(options, EncodeOptions))
 
 
 def classify(
@@ -144,7 +155,7 @@ def classify(
 ) -> list[Classification]:
     """The classes of each text, in the order of the texts."""
     _require(encoder, Task.TEXT_CLASSIFICATION)
-    options = options or EncodeOptions()
+    options = require_options(options, EncodeOptions)
     logits = _encode(encoder, texts, options)
     scores = scores_of(logits, encoder.info.scores or Scores.NONE).astype(np.float64).tolist()
     named = [text.variant if isinstance(text, Variant) else options.variant for text in texts]

@@ -133,7 +133,7 @@ def contradictions(manifest: EngineManifest) -> Iterator[tuple[str, str]]:
         yield "plans", "need one listed file each, in the same order"
     if len({plan.graph for plan in manifest.plans}) < len(manifest.plans):
         yield "plans", "name a graph twice"
-    if any(not _CAPABILITY.fullmatch(text) for text in manifest.compute_capabilities):
+    if any(not is_capability(text) for text in manifest.compute_capabilities):
         yield "compute_capabilities", "are written like 8.6"
     for plan in manifest.plans:
         if unknown := sorted(set(plan.plugins) - set(OPERATORS)):
@@ -174,6 +174,11 @@ def misfits(manifest: EngineManifest, bundle: Bundle, machine: Machine) -> list[
         wanted = ", ".join(manifest.compute_capabilities) or "8.0 and later"
         found.append(f"compute capability: the engine's is {wanted}, here it is {machine.compute_capability}")
     return found
+
+
+def is_capability(text: str) -> bool:
+    """Whether it is written like 8.6."""
+    return _CAPABILITY.fullmatch(text) is not None
 
 
 def runs_on(manifest: EngineManifest, capability: str) -> bool:

@@ -5,7 +5,7 @@ Rows of one batch may be of different variants: each brings its own scalings. Gr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -15,6 +15,7 @@ import numpy as np
 
 from runtime.adapter_folder.problems import gathering
 from runtime.adapter_pool import Generation
+from runtime.asked import require_options
 from runtime.decode import Decode, DecodeMode, StepCount
 from runtime.errors import InputError, NumericError, raise_all
 from runtime.fold import Folding
@@ -69,9 +70,11 @@ def prepare(
     generation: Generation | None = None,
 ) -> tuple[list[Request], Iterator[TokenEvent]]:
     """What `generate` yields, and the requests that have their completions once it has ended."""
-    options = options or GenerateOptions()
-    if isinstance(prompts, str):
-        raise InputError("prompts", got="one string", need="a list of prompts")
+    options = require_options(options, GenerateOptions)
+    if isinstance(prompts, str | bytes | Mapping | Set) or not isinstance(prompts, Iterable):
+        got = "one string" if isinstance(prompts, str) else type(prompts).__name__
+        raise InputError("prompts", got=got, need="a list of prompts")
+    prompts = list(prompts)
     if generation is None and model.adapters is not None:
         generation = model.adapters.current  # what all these prompts will see to their end
     elif generation is not None and not (model.adapters and model.adapters.has(generation)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from runtime import strict_json
+from runtime.asked import plain, settled
 from runtime.errors import InputError, raise_all
 from runtime.manifest import MixInfo
 from runtime.mix import mix_from_text, scalings_from_mix
@@ -32,6 +33,19 @@ def mix_from_word(word: str) -> MixInfo:
         mix = read_mix(Path(word))
         return MixInfo(weights=mix.weights, sites=mix.sites)
     return MixInfo(weights=mix_from_text(word))
+
+
+def mix_of(mix: object) -> Mapping[str, float] | MixInfo | None:
+    """A mix as Python callers give it: by expert name, with sites, or the text of `--mix`. InputError for the rest."""
+    if mix is None or isinstance(mix, MixInfo):
+        return mix
+    if isinstance(mix, str):
+        return mix_from_word(mix)
+    if not isinstance(mix, Mapping):
+        need = "{'math': 0.7, 'code': 0.3}, the same as text, or 'base'"
+        raise InputError("mix", got=f"{type(mix).__name__} {mix!a}"[:80], need=need, code="E_MIX")
+    weights: dict[str, float] = settled("mix", {name: plain(weight) for name, weight in mix.items()}, dict[str, float])
+    return weights
 
 
 def read_mix(path: Path) -> MixFile:

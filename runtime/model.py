@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from plugins.tensorrt_plugins import register
 from runtime.adapter_pool import AdapterPool, LoadedAdapter, open_pool
+from runtime.asked import settled
 from runtime.backends import open_session
 from runtime.backends.trt import TrtSession
 from runtime.bundle import Bundle, open_bundle
@@ -151,6 +152,10 @@ def load(
     `portable`: run the portable graphs even where this backend has a form of its own.
     `backend`: ort, or trt and trt-rtx with an engine that lies beside the bundle and fits this machine.
     """
+    threads, path = settled("threads", threads, int | None), settled("path", path, Path)
+    graph, variant = settled("graph", graph, str | None), settled("variant", variant, str | None)
+    backend, provider = settled("backend", backend, str), settled("provider", provider, str)
+    max_adapter_bytes = settled("max_adapter_bytes", max_adapter_bytes, int | None)
     if threads is not None and threads < 1:
         raise InputError("threads", got=str(threads), need="at least 1")
     bundle = open_bundle(Path(path))

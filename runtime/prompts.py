@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from runtime.adapter_folder.problems import gathering
 from runtime.adapter_pool import Generation
+from runtime.asked import plain, settle, settled
 from runtime.decode import Decode, DecodeMode, decode_from_text
 from runtime.errors import InputError, raise_all
 from runtime.ladder import is_gated
+from runtime.mix_file import mix_of
 from runtime.model import Model
 from runtime.request import Limits, Request
 from runtime.routing import Columns, Mix, Route, route_for
@@ -32,6 +34,10 @@ class Routed:
     variant: str | None = None
     mix: Mix | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mix", mix_of(self.mix))
+        object.__setattr__(self, "variant", settled("variant", self.variant, str | None))
+
 
 @dataclass(frozen=True, slots=True)
 class GenerateOptions:
@@ -41,7 +47,7 @@ class GenerateOptions:
     sampling: Sampling = field(default_factory=Sampling)
     variant: str | None = None  # a variant of the bundle, by name
     mix: Mix | None = None  # or fixed scalings by expert name, {} for the base model; neither: the graph's gate
-    stop: tuple[str, ...] = ()  # texts that end a request; they are left out of its text
+    stop: tuple[str, ...] = ()  # texts that end a request, or one; they are left out of its text
     stop_token_ids: tuple[int, ...] = ()  # besides the model's end tokens
     batch_size: int = 16  # prompts that run together; as one ends the next takes its place
     kv_budget: int | None = None  # bytes of K/V; prompts beyond it wait
@@ -49,6 +55,10 @@ class GenerateOptions:
     measure_frozen: bool = False  # how far frozen (or folded) scalings are from exact, once a batch has ended
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "mix", mix_of(self.mix))
+        settle(self)
         problems = []
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             problems.append(InputError("max_new_tokens", got=str(self.max_new_tokens), need="at least 1"))
@@ -150,7 +160,14 @@ def _ids(model: Model, prompt: Prompt) -> Sequence[int]:
     if isinstance(prompt, str):
         if model.text is None:
             raise InputError("this bundle has no tokenizer", got="text", need="token ids", fix="use --prompt-ids")
-        prompt = model.text.encode(prompt)
+        return _known_ids(model, model.text.encode(prompt))
+    if isinstance(prompt, bytes | bytearray | Mapping | Set) or not isinstance(prompt, Iterable):
+        got = f"{type(prompt).__name__} {prompt!a}"[:80]
+        raise InputError("the prompt", got=got, need="a text, or a list of token ids")
+    return _known_ids(model, settled("token ids", [plain(token) for token in prompt], list[int]))
+
+
+def _known_ids(model: Model, prompt: Sequence[int]) -> Sequence[int]:
     if not prompt:
         raise InputError("the prompt is empty", need="at least one token")
     strange = [token for token in prompt if not 0 <= token < model.vocab_size]

@@ -20,7 +20,8 @@ from runtime.tickets import Ticket
 class RowSteps:
     """All rows are of one session. After an error both slots of a request end at one token, so a call may be repeated.
 
-    `count`: of all steps so far, and of those that `exact` would have taken. `pairs`: whether decode steps carry drafts, at the pace that says so, or always without one.
+    `count`: of all steps so far, and of those that `exact` would have taken. `pairs`: whether decode steps carry
+    drafts, at the pace that says so, or always without one.
     """
 
     def __init__(self, session: SlotSession, pool: SlotPool[Ticket], *, pairs: bool, pace: Pace | None) -> None:

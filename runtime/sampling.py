@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.asked import settle
 from runtime.errors import InputError, raise_all
 
 
@@ -21,6 +22,7 @@ class Sampling:
     seed: int | None = None  # None: a new random stream each time
 
     def __post_init__(self) -> None:
+        settle(self)
         problems = []
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             problems.append(_problem("temperature", self.temperature, "a finite number >= 0"))

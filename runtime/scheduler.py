@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from runtime.asked import settle
 from runtime.decode import Decode, DecodeMode
 from runtime.errors import InputError, MachineError, NumericError, UserError, raise_all
 from runtime.ladder import is_gated, stack_for
@@ -34,6 +35,7 @@ class SchedulerOptions:
     decode: Decode = field(default_factory=Decode)
 
     def __post_init__(self) -> None:
+        settle(self)
         counts = {"rows": self.rows, "kv_budget": self.kv_budget, "chunk_tokens": self.chunk_tokens}
         problems = [
             InputError(name, got=str(count), need="at least 1")

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from runtime.adapter_pool import Generation
+from runtime.asked import require_options
 from runtime.errors import InputError, MachineError, UserError
 from runtime.model import Model
 from runtime.prompts import GenerateOptions, Prompt, Routed, requests_of
@@ -77,7 +78,7 @@ class Serving:
     """A model that answers prompts as they come; a context manager. Nobody else may generate on the model meanwhile."""
 
     def __init__(self, model: Model, options: SchedulerOptions | None = None, most_waiting: int = 1024) -> None:
-        self._model, self._options, self._most_waiting = model, options or SchedulerOptions(), most_waiting
+        self._model, self._options, self._most_waiting = model, require_options(options, SchedulerOptions), most_waiting
         self._scheduler = Scheduler(model.turn, self._options)
         self._changed = threading.Condition()  # guards what follows
         self._submitted: deque[Answer] = deque()
@@ -96,7 +97,7 @@ class Serving:
 
         Where adapters are inputs it uses those of `generation` to its end, by default the newest at this call.
         """
-        options = options or OWN
+        options = OWN if options is None else require_options(options, GenerateOptions)
         if replace(options, decode=OWN.decode, batch_size=OWN.batch_size, kv_budget=OWN.kv_budget) != options:
             raise InputError(
                 "decode, batch_size and kv_budget are of all requests", fix="give them in SchedulerOptions"

@@ -89,7 +89,7 @@ def describe_base(reference: str, task: Task | None = None) -> BaseDescription:
     task = task_of(read_json(folder / "config.json"), folder, task)
     files = weight_files(folder)
     options = model_options(task, config.model_type, _stored_keys(files))
-    model = _meta_model(config, folder, task, options)
+    model = meta_model(config, folder, task, options)
     modules = {path: module_info(module) for path, module in model.named_modules() if path and is_leaf(module)}
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     stored_names = _check_headers(files, shapes, folder, _renaming(model))
@@ -180,10 +180,18 @@ def _check_raw(raw: dict[str, Any], path: Path, notes: list[str]) -> None:
         )
     limits = dict.fromkeys(_SIZE_FIELDS, MAX_WIDTH) | dict.fromkeys(_COUNT_FIELDS, MAX_BLOCKS)
     for name, most in limits.items():
-        value = raw.get(name)
-        if value is not None and not (type(value) is int and 0 < value <= most):
-            problems.append(ExportError(f"field {name} is refused", where=where, got=shown(value), need=f"1 to {most}"))
+        if not _is_within(raw.get(name), most):
+            problems.append(
+                ExportError(f"field {name} is refused", where=where, got=shown(raw[name]), need=f"0 to {most}")
+            )
     raise_all(where, problems)
+
+
+def _is_within(value: Any, most: int) -> bool:
+    """Whether a size asks for no absurd model: left out, 0 (no experts), or one for each block (Gemma 3n)."""
+    if isinstance(value, list):
+        return 0 < len(value) <= MAX_BLOCKS and all(type(each) is int and 0 <= each <= most for each in value)
+    return value is None or (type(value) is int and 0 <= value <= most)
 
 
 def _stored_keys(files: tuple[Path, ...]) -> frozenset[str]:
@@ -195,7 +203,7 @@ def _stored_keys(files: tuple[Path, ...]) -> frozenset[str]:
     return frozenset(keys)
 
 
-def _meta_model(config: Any, folder: Path, task: Task, options: Mapping[str, Any]) -> Any:
+def meta_model(config: Any, folder: Path, task: Task, options: Mapping[str, Any]) -> Any:
     """The model without memory for its weights."""
     try:
         with torch.device("meta"):

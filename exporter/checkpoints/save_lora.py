@@ -32,7 +32,7 @@ def write_lora(
     `fan_in_fan_out`: some modules keep their weight as [in, out], as GPT-2's Conv1D does; PEFT turns those.
     `task_type`: PEFT's word for its model class; None for the plain one.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors: dict[str, torch.Tensor] = {}
     for path, delta in deltas.items():
@@ -41,7 +41,8 @@ def write_lora(
         middle, end = ("lora_embedding_", "") if path in embeddings else ("lora_", ".weight")
         for side, value in (("A", delta.a), ("B", delta.b)):
             tensors[f"{KEY_PREFIX}{path}.{middle}{side}{end}"] = value.float().contiguous()
-    save_file(tensors, folder / f"{WEIGHTS_STEM}.safetensors", metadata={"format": "pt"})
+    # As bytes, for `save_file` makes files that only their owner may read, whatever the umask says.
+    (folder / f"{WEIGHTS_STEM}.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     config = _config(deltas, fan_in_fan_out=fan_in_fan_out) | {
         "task_type": task_type,
         "base_model_name_or_path": base_name,

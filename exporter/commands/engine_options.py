@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.engines import Target
+from runtime.engines import Target, is_capability
 
 if TYPE_CHECKING:
     from exporter.engines.spec import EngineSpec
@@ -21,8 +21,9 @@ def add_engine_options(command: argparse.ArgumentParser) -> None:
         "--compute-capability",
         nargs="+",
         default=[],
+        type=capabilities,
         metavar="8.6",
-        help="GPUs of a trt-rtx engine; default 8.0 and up",
+        help="GPUs of a trt-rtx engine, such as 8.6 8.9 or 8.6,8.9; default 8.0 and up",
     )
     add("--max-batch", type=int, default=4, metavar="N", help="requests in one step (default 4)")
     add("--max-tokens", type=int, default=512, metavar="N", help="prompt tokens in one step (default 512)")
@@ -30,6 +31,14 @@ def add_engine_options(command: argparse.ArgumentParser) -> None:
     add("--workspace", type=int, metavar="MIB", help="memory that a layer may use; default TensorRT's")
     timings = _cache_folder() / "trt-timings.bin"
     add("--timing-cache", type=Path, default=timings, metavar="FILE", help=f"of trt builds (default {timings})")
+
+
+def capabilities(text: str) -> tuple[str, ...]:
+    """An argparse type: one or several, with commas or spaces between."""
+    found = tuple(text.replace(",", " ").split())
+    if not found or not all(is_capability(each) for each in found):
+        raise argparse.ArgumentTypeError(f"{text!r}: need compute capabilities such as 8.6 or 8.6,8.9")
+    return found
 
 
 def _cache_folder() -> Path:
@@ -43,7 +52,7 @@ def engine_spec(args: argparse.Namespace, target: Target) -> EngineSpec:
 
     return EngineSpec(
         target=target,
-        compute_capabilities=tuple(args.compute_capability),
+        compute_capabilities=tuple(each for word in args.compute_capability for each in word),
         max_batch=args.max_batch,
         max_tokens=args.max_tokens,
         max_context=args.max_context,

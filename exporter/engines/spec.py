@@ -9,8 +9,9 @@ from exporter.errors import ExportError
 from exporter.spec import OpChoice
 from plugins.operators import GATE_SCALINGS, GATED_LOW_RANK
 from runtime.adapter_inputs import RANK, adapter_inputs
+from runtime.asked import settle
 from runtime.caches import GRAIN
-from runtime.engines import ProfileInfo, Range, Target
+from runtime.engines import ProfileInfo, Range, Target, is_capability
 from runtime.manifest import GraphInfo
 from runtime.signature import LENGTHS, CacheStyle, TensorSpec
 
@@ -34,10 +35,16 @@ class EngineSpec:
     site_op: OpChoice | None = None
 
     def __post_init__(self) -> None:
+        settle(self, ExportError)
         limits = {"--max-batch": self.max_batch, "--max-tokens": self.max_tokens, "--max-context": self.max_context}
         for flag, value in (*limits.items(), ("--workspace", self.workspace_bytes)):
             if value is not None and value < 1:
                 raise ExportError("is too small", where=flag, got=str(value), need="at least 1")
+        strange = [text for text in self.compute_capabilities if not is_capability(text)]
+        if strange:
+            got = ", ".join(ascii(text) for text in strange)[:80]
+            need = "such as 8.6 or 8.6,8.9"
+            raise ExportError("is no compute capability", where="--compute-capability", got=got, need=need)
 
 
 def profiles_of(

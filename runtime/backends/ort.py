@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from runtime.adapter_inputs import RANK, adapter_inputs
 from runtime.caches import CacheGroup, Caches
-from runtime.errors import InputError, MachineError
+from runtime.errors import InputError, MachineError, UserError
 from runtime.quantization import session_entries
 from runtime.rows import Rows, StepResult
 from runtime.session import SessionSettings, StepLimits
@@ -54,6 +54,7 @@ ORT_DTYPES = {
     "tensor(bfloat16)": "bfloat16",
     "tensor(int64)": "int64",
 }
+MACHINE_FAULTS = ("EPFail", "EngineError", "RuntimeException")
 PLANS_KEPT = 8  # a decode loop alternates between two; chunks of other widths come and go
 
 
@@ -284,7 +285,7 @@ def open_engine(graph: Path, settings: SessionSettings) -> Any:
     try:
         engine = ort.InferenceSession(str(graph), options, providers=providers, disabled_optimizers=folding)
     except Exception as error:  # its exceptions share no public type
-        raise InputError("ONNX Runtime cannot load the graph", where=str(graph), got=first_line(error)) from error
+        raise _refusal(error, "cannot load the graph", str(graph), settings.provider) from error
     if wanted not in engine.get_providers():  # it falls back to the CPU with no more than a log line
         raise MachineError(
             f"{wanted} did not start",
@@ -319,10 +320,31 @@ def run_engine(engine: Any, binding: Any) -> None:
         engine.run_with_iobinding(binding)
     except Exception as error:
         if "allocate" not in str(error):
-            raise
+            if not type(error).__module__.startswith("onnxruntime."):
+                raise
+            raise _refusal(error, "cannot run a step", "", "") from error
         raise MachineError(
             "not enough memory for this step", got=first_line(error), fix="shorter prompts or a smaller --batch-size"
         ) from error
+
+
+def _refusal(error: Exception, what: str, where: str, provider: str) -> UserError:
+    """What ONNX Runtime raised, as one line. Its exceptions share no public type; their names are its status codes."""
+    got, kind = first_line(error), type(error).__name__
+    if kind == "NotImplemented" or "NOT_IMPLEMENTED" in got:
+        dtype = "bfloat16 " if "bfloat16" in str(error).lower() else ""
+        return MachineError(
+            f"ONNX Runtime {what}: it has no {dtype}kernel for one of its operators here",
+            where=where,
+            need=f"another provider than {provider}" if provider else "",
+            got=got,
+            fix="a GPU's --provider, or a bundle built with --dtype float32 or float16",
+        )
+    if any(word in got.lower() for word in ("allocate", "out of memory", "bad_alloc")):
+        return MachineError("not enough memory", where=where, got=got, fix="close other programs")
+    if kind in MACHINE_FAULTS:
+        return MachineError(f"ONNX Runtime {what}", where=where, got=got, fix="another --provider or onnxruntime")
+    return InputError(f"ONNX Runtime {what}", where=where, got=got, fix="build the bundle again")
 
 
 @cache

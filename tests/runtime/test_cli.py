@@ -38,7 +38,7 @@ def test_json_prints_one_object_a_prompt(bundle: Path, tmp_path: Path, capsys: p
     words = ["--prompt", "日本", "--prompt-ids", "5,17,3", "--prompt-file", file, "--max-new-tokens", 5, "--json"]
     code, out, err = run("generate", bundle, *words, capsys=capsys)
     with load(bundle) as model:
-        want = complete(model, ["日本", [5, 17, 3], "from a file →\n"], GenerateOptions(max_new_tokens=5))
+        want = complete(model, ["日本", [5, 17, 3], "from a file →"], GenerateOptions(max_new_tokens=5))
     assert code == 0
     got = [json.loads(line) for line in out.splitlines()]
     assert [line["token_ids"] for line in got] == [list(completion.token_ids) for completion in want]
