@@ -1,0 +1,99 @@
+"""What a new user meets: sizes in config.json, padding tokens, and what `inspect` promises."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+
+from exporter import AdapterSource, BuildSpec, ExportError
+from exporter.adapters import LoraDelta
+from exporter.checkpoints.save_lora import write_lora as save_lora
+from exporter.commands.engine_options import capabilities
+from exporter.inputs import read_inputs
+from exporter.inspect import inspect_checkpoint
+from exporter.rounding import operators
+from tests.exporter.checkpoint_makers import edit_json, write_base, write_lora
+
+MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+BASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2 with a padding token": ("gpt2", {"pad_token_id": 0}),
+    "llama with a padding token": ("llama", {"pad_token_id": 0}),
+    "multi-head latent attention": ("deepseek_v3", MLA | {"first_k_dense_replace": 2}),
+    "nemotron": ("nemotron", {}),
+    "stablelm": ("stablelm", {}),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_inspect_and_build_agree(name: str, tmp_path: Path) -> None:
+    family, sizes = BASES[name]
+    base = write_base(tmp_path / "base", family, **sizes)
+    targets = {"gpt2": ["c_attn"], "deepseek_v3": ["o_proj"]}.get(family, ["q_proj"])
+    lora = write_lora(tmp_path / "lora", base, targets)
+    refusals: list[str] = []
+    try:
+        read_inputs(BuildSpec(adapters=(AdapterSource(lora),)))
+    except ExportError as error:
+        refusals = [str(error)]
+    assert inspect_checkpoint(base).problems == inspect_checkpoint(lora).problems == refusals
+    assert bool(refusals) == (name not in ("gpt2 with a padding token", "llama with a padding token"))
+
+
+@pytest.mark.parametrize("value", [0, [48, 48]])
+def test_sizes_that_transformers_takes_pass(value: Any, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    edit_json(base / "config.json", num_local_experts=value)
+    assert inspect_checkpoint(base).problems == []
+
+
+@pytest.mark.parametrize("value", [-1, 1 << 40, [], [48, -1], [48, 1 << 40], [1] * 600, ["48"], "48", True, 48.0])
+def test_absurd_sizes_are_refused(value: Any, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    edit_json(base / "config.json", intermediate_size=value)
+    assert "field intermediate_size is refused" in str(inspect_checkpoint(base).problems)
+
+
+def graph_of(*ops: tuple[str, bool, bool]) -> ir.Model:
+    x, limit = ir.val("x"), ir.val("limit")
+    nodes = [
+        ir.node(op, [x, limit if low else None, limit if high else None] if op == "Clip" else [x, limit])
+        for op, low, high in ops
+    ]
+    return ir.Model(ir.Graph([x, limit], [], nodes=nodes), ir_version=10)
+
+
+def test_a_clip_with_one_limit_is_a_min_or_a_max_and_nothing_else() -> None:
+    names = [operators(graph_of(each)) for each in (("Clip", False, True), ("Min", True, True))]
+    assert names[0] == names[1] == ["Min"]
+    assert operators(graph_of(("Clip", True, False))) == ["Max"]
+    assert operators(graph_of(("Clip", True, True))) == ["Clip"]
+
+
+def test_a_saved_adapter_has_the_mode_of_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        save_lora(tmp_path, {"q_proj": LoraDelta(torch.ones(1, 4), torch.ones(4, 1), 1.0)})
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644}
+
+
+def test_capabilities_with_commas_and_spaces() -> None:
+    assert capabilities("8.6,8.9") == capabilities(" 8.6 8.9,") == ("8.6", "8.9")
+    for text in ("", ",", "x", "8", "8.6;8.9", "nan", "８.6", "8.66", "1e5"):
+        with pytest.raises(Exception, match="need compute capabilities such as"):
+            capabilities(text)
+
+
+@pytest.mark.parametrize("field", ["adapters", "base", "gate", "modes", "mix", "out", "threads", "dtype", "prompts"])
+def test_a_build_refuses_other_types_by_field(field: str) -> None:
+    for value in (object(), 3.5, b"x", [3.5]):
+        if (field, value) in (("out", b"x"),):
+            continue
+        with pytest.raises(ExportError, match=field):
+            BuildSpec(**{field: value})
