@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, TypeVar, get_type_hints
 
@@ -22,7 +23,12 @@ def settle(owner: Any, error: type[InputError] = InputError) -> None:
     problems: list[InputError] = []
     for name, reader in _readers(type(owner)).items():
         try:
-            object.__setattr__(owner, name, reader.validate_python(plain(getattr(owner, name))))
+            given = plain(getattr(owner, name))
+            read = reader.validate_python(given)
+            if isinstance(given, Mapping) and is_dataclass(read):  # its unknown keys would be lost without a word
+                kind = type(read).__name__
+                problems.append(error(name, got=f"dict {given!a}"[:80], need=f"{kind}(...)"))
+            object.__setattr__(owner, name, read)
         except ValidationError as refused:
             problems.append(_problem(name, refused, error))
     raise_all(type(owner).__name__, problems)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -12,6 +13,7 @@ from typing import TextIO
 from runtime.errors import MachineError, UserError
 
 BUG, INTERRUPTED = 4, 130
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # what a device says, of standard output or of any file
 
 
 def run_command(
@@ -37,8 +39,9 @@ def run_command(
         _print_nowhere()
         return 0
     except Exception as error:  # noqa: BLE001 - a defect of ours keeps its traceback
-        if isinstance(error, OSError) and _is_unwritable(sys.stdout):
-            code = _fail(f"error: cannot print: {error.strerror or error}", MachineError.exit_code)
+        if isinstance(error, OSError) and (error.errno in FULL or _is_unwritable(sys.stdout)):
+            where = f"{error.filename}: " if error.filename else ""
+            code = _fail(f"error: {where}cannot write: {error.strerror or error}", MachineError.exit_code)
             _print_nowhere()
             return code
         with suppress(OSError):

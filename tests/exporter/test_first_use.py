@@ -92,8 +92,6 @@ def test_capabilities_with_commas_and_spaces() -> None:
 
 @pytest.mark.parametrize("field", ["adapters", "base", "gate", "modes", "mix", "out", "threads", "dtype", "prompts"])
 def test_a_build_refuses_other_types_by_field(field: str) -> None:
-    for value in (object(), 3.5, b"x", [3.5]):
-        if (field, value) in (("out", b"x"),):
-            continue
+    for value in (object(), 3.5, [3.5]):
         with pytest.raises(ExportError, match=field):
             BuildSpec(**{field: value})

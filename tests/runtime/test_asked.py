@@ -57,7 +57,8 @@ def test_prompts_of_any_type(tmp_path: Path) -> None:
             with pytest.raises(InputError, match="options"):
                 complete(model, [[1]], options)  # type: ignore[arg-type]
         two = GenerateOptions(max_new_tokens=2)
-        assert complete(model, [np.array([5, 6])], two) and complete(model, ([5, 6],), two)
+        assert complete(model, [np.array([5, 6])], two)
+        assert complete(model, ([5, 6],), two)
 
 
 @pytest.mark.parametrize("name", ["threads", "graph", "variant", "backend", "provider", "max_adapter_bytes"])

@@ -26,7 +26,7 @@ def test_no_traceback_where_nothing_can_be_printed(name: str, tmp_path: Path) ->
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
         assert (done.returncode, "Traceback" in done.stderr) == (3, False)
-        assert "cannot print: No space left" in done.stderr
+        assert "cannot write: No space left" in done.stderr
         both = subprocess.run(words, stdout=full, stderr=full, timeout=120, check=False)
         assert both.returncode == 3
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
