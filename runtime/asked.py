@@ -21,7 +21,7 @@ def settle(owner: Any, error: type[InputError] = InputError) -> None:
     For `__post_init__`. Raises `error`, with all fields that hold something else.
     """
     problems: list[InputError] = []
-    for name, reader in _readers(type(owner)).items():
+    for name, reader in _readers(type(owner)).items():  # type: ignore[arg-type]  # mypy: a type is not Hashable
         try:
             given = plain(getattr(owner, name))
             read = reader.validate_python(given)

@@ -55,8 +55,9 @@ class GenerateOptions:
     measure_frozen: bool = False  # how far frozen (or folded) scalings are from exact, once a batch has ended
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
+        stop: object = self.stop
+        if isinstance(stop, str):
+            object.__setattr__(self, "stop", (stop,))
         object.__setattr__(self, "mix", mix_of(self.mix))
         settle(self)
         problems = []

@@ -320,9 +320,10 @@ def run_engine(engine: Any, binding: Any) -> None:
         engine.run_with_iobinding(binding)
     except Exception as error:
         if "allocate" not in str(error):
-            if not type(error).__module__.startswith("onnxruntime."):
+            refusal = _refusal(error, "cannot run a step", "", "")
+            if isinstance(refusal, InputError):  # a feed that does not fit is a defect of ours: it keeps its traceback
                 raise
-            raise _refusal(error, "cannot run a step", "", "") from error
+            raise refusal from error
         raise MachineError(
             "not enough memory for this step", got=first_line(error), fix="shorter prompts or a smaller --batch-size"
         ) from error
