@@ -6,14 +6,24 @@ from random import Random
 from typing import Any
 
 from scripts.fuzz.draw_build import draw_build, draw_runs
-from scripts.fuzz.draw_experts import draw_experts, draw_gate
+from scripts.fuzz.draw_experts import draw_experts, draw_gate, draw_late
 from scripts.fuzz.families import FAMILIES, MAIN, OTHERS, Family
 
 Case = dict[str, Any]
 FORMAT = 1
 CASES_A_HASH_SEED = 32  # cases that share a process, and so a PYTHONHASHSEED
+# Fields of generation_config.json that change greedy tokens in transformers' `generate`.
+GENERATION: tuple[Case, ...] = (
+    {"repetition_penalty": 1.3},
+    {"suppress_tokens": [3, 4, 9, 20]},
+    {"begin_suppress_tokens": [5, 6]},
+    {"no_repeat_ngram_size": 2},
+    {"eos_token_id": [2, 7, 11]},
+    {"do_sample": True, "temperature": 0.7, "top_p": 0.9},  # greedy decoding leaves these out
+    {"min_new_tokens": 3},
+)
 PURPOSES = ("gated", "dynamic", "static", "both", "replaced", "hot")
-WEIGHTS = (30, 22, 16, 10, 14, 8)
+WEIGHTS = (30, 22, 18, 6, 16, 8)
 
 
 def draw_case(seed: int, number: int) -> Case:
@@ -25,9 +35,11 @@ def draw_case(seed: int, number: int) -> Case:
     base = draw_base(rng, name, family)
     experts = draw_experts(rng, family, base, purpose)
     gate = draw_gate(rng, experts) if purpose == "gated" else None
+    late = [draw_late(rng, experts[0])] if purpose == "hot" and rng.random() < 0.5 else []
     case: Case = {
         "format": FORMAT, "seed": seed, "number": number, "purpose": purpose, "base": base, "experts": experts,
         "gate": gate,
+        "late": late,  # loaded into the running session
     }  # fmt: skip
     case["build"] = draw_build(rng, case)
     case["runs"] = draw_runs(rng, case)
@@ -56,7 +68,7 @@ def draw_base(rng: Random, name: str, family: Family) -> Case:
     is_tied = rng.random() < (0.6 if family.tied else 0.3)
     if is_tied != family.tied or rng.random() < 0.5:
         config["tie_word_embeddings"] = is_tied
-    tokenizer = rng.choices((None, "plain", "added", "config_only"), (12, 3, 2, 1))[0]
+    tokenizer = rng.choices((None, "plain", "added", "config_only", "old_files"), (12, 3, 2, 1, 1))[0]
     if tokenizer:
         config["vocab_size"] = 320  # room for all bytes
     lies = "tied" if not is_tied and rng.random() < 0.25 else None
@@ -70,6 +82,7 @@ def draw_base(rng: Random, name: str, family: Family) -> Case:
         "flag_lies": lies,  # config.json is made to say so though the files hold two weights
         "form": rng.choices(("full", "minimal", "old_rope"), (6, 3, 2))[0],
         "tokenizer": tokenizer,
+        "generation": rng.choice(GENERATION) if rng.random() < 0.06 else {},  # beside what the config says
     }
 
 

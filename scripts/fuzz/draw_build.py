@@ -27,7 +27,7 @@ def draw_build(rng: Random, case: Case) -> Case:
     if "dynamic" in modes and purpose != "hot" and rng.random() < 0.3 and _mixable(experts):
         named["warm"] = _mix(rng, experts)
         words.append(f"warm:{mix_word(named['warm'])}")
-    if purpose != "hot" and merge == "linear" and rng.random() < 0.1 and _mixable(experts):
+    if purpose != "hot" and merge == "linear" and rng.random() < 0.05 and _mixable(experts):
         named["cool"] = _mix(rng, experts)
         words.append(f"cool:static:{mix_word(named['cool'])}")
     arguments += ["--variants", *words] if words else []
@@ -35,8 +35,8 @@ def draw_build(rng: Random, case: Case) -> Case:
     arguments += _forms(rng, modes, purpose)
     if purpose == "hot":
         arguments += ["--adapters-as", "inputs", "--max-total-rank", str(rng.choice((32, 48)))]
-        if rng.random() < 0.5:
-            arguments += ["--max-experts", str(len(experts) + rng.choice((0, 1)))]
+        if case["late"] or rng.random() < 0.5:
+            arguments += ["--max-experts", str(len(experts) + 1)]
     gate = case["gate"]
     if gate and gate["config"]["enable_softmax_topk"] and (gate["layout"] == "original" or rng.random() < 0.3):
         arguments += ["--topk-softmax", "token"]
@@ -135,7 +135,7 @@ def _way(rng: Random, case: Case) -> Case:
     if case["purpose"] in ("static", "replaced"):
         return {"variant": rng.choice(sorted(named))}
     ways: list[Case] = [{"variant": "base"}, *({"variant": expert["name"]} for expert in experts)]
-    ways += [{"variant": name} for name in sorted(named)]
+    ways += [{"variant": name} for name in [*sorted(named), *(late["name"] for late in case["late"])]]
     if case["gate"]:
         ways += [{"variant": "xlora"}] * (len(ways) + 1)
     if _mixable(experts):

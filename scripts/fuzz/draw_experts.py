@@ -68,6 +68,30 @@ def _expert(rng: Random, name: str, kind: str, family: Family, base: Case, *, is
     }
 
 
+def draw_late(rng: Random, first: Case) -> Case:
+    """An adapter for the modules of `first`, with a rank, a scale and weights of its own."""
+    config = {
+        "target_modules": first["config"]["target_modules"],
+        "lora_alpha": rng.choice((4, 16)),
+        "r": rng.randint(1, 5),
+    }
+    kept = {
+        key: value
+        for key, value in first["config"].items()
+        if key in ("fan_in_fan_out", "layers_to_transform", "layers_pattern")
+    }
+    dtype = rng.choice(("float32", "bfloat16"))
+    config |= kept | ({"use_rslora": True} if rng.random() < 0.5 else {})
+    return first | {
+        "name": "late",
+        "kind": "lora",
+        "config": config,
+        "seed": rng.randrange(1 << 30),
+        "dtype": dtype,
+        "scale": 0.3,
+    }
+
+
 def _targets(rng: Random, family: Family, *, is_gated: bool, ends: tuple[str, ...]) -> list[str] | str:
     mlp = family.mlp if family.gate_mlp or not is_gated else ()
     inner = [*family.attention, *mlp]

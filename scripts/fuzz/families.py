@@ -67,6 +67,11 @@ def partial_rope(rng: Random, _: dict[str, Any]) -> dict[str, Any]:
     return rope(rng, ("default", "linear")) | {"partial_rotary_factor": rng.choice((0.5, 1.0))}
 
 
+def phi3_rope(rng: Random, _: dict[str, Any]) -> dict[str, Any]:
+    """Its config takes no linear one."""
+    return rope(rng, ("default",)) | {"partial_rotary_factor": rng.choice((0.5, 1.0))}
+
+
 def two_ropes(rng: Random, _: dict[str, Any]) -> dict[str, Any]:
     """Of blocks with a window, and of those without."""
     return {"sliding_attention": rope(rng, ("default", "linear")), "full_attention": rope(rng)}
@@ -139,7 +144,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi3": Family(
         attention=("qkv_proj", "o_proj"), mlp=("gate_up_proj", "down_proj"), least_head_dim=8,
-        knobs={"rope_parameters": partial_rope, "sliding_window": WINDOWS, "rms_norm_eps": EPS, "hidden_act": ACTS},
+        knobs={"rope_parameters": phi3_rope, "sliding_window": WINDOWS, "rms_norm_eps": EPS, "hidden_act": ACTS},
     ),
     "gpt2": Family(
         attention=("c_attn", "c_proj"), mlp=("c_fc",), ends=("wte", "wpe", "lm_head"), norms=("ln_f",), is_gpt2=True,

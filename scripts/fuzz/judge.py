@@ -157,7 +157,7 @@ def judge_bundle(case: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         if problem:
             return {"verdict": Verdict.UNMADE, "detail": f"PEFT: {problem}"}
         return {"verdict": Verdict.CRASHED, "detail": f"{one_line(error)}\n{traceback.format_exc()}"}
-    counts = {key: found[key] for key in ("tokens", "ties", "worst", "noisy")}
+    counts = {key: found[key] for key in ("tokens", "ties", "worst", "noisy", "unfolded")}
     if found["differences"]:
         return {"verdict": Verdict.DIFFERS, "detail": "\n".join(found["differences"]), "counts": counts}
     return {"counts": counts}
@@ -250,6 +250,7 @@ def signature(outcome: Mapping[str, Any]) -> str:
         return str(verdict)
     if verdict == Verdict.DIFFERS:
         kind = "verification" if "own verification" in detail else "ids" if detail.startswith("text ") else "numbers"
+        kind = "generation_config.json" if "under generation_config" in detail else kind
         return f"{verdict}: {kind}"
     if verdict == Verdict.CRASHED:
         lines = [line for line in detail.splitlines() if line.strip()]

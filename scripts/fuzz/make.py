@@ -28,7 +28,7 @@ def write_checkpoint(case: Mapping[str, Any], folder: Path) -> None:
     """`folder`/base, /experts/NAME, and with a gate /gate as it is published and /gate-truth as it is."""
     write_base(case["base"], folder / "base")
     model = load_base(folder / "base")
-    for expert in case["experts"]:
+    for expert in [*case["experts"], *case.get("late", [])]:
         write_expert(expert, model, folder / "experts" / expert["name"])
     if case["gate"] is not None:
         write_gate(case, folder)
@@ -63,7 +63,13 @@ def write_base(base: Mapping[str, Any], folder: Path) -> None:
     shards = {} if base["shards"] == 1 else {"max_shard_size": size // base["shards"] + 1}
     model.save_pretrained(folder, **shards)
     edit_json(folder / "config.json", lambda raw: config_as_stored(raw, config, base))
-    if base["tokenizer"]:
+    if base.get("generation"):
+        path = folder / "generation_config.json"
+        path.exists() or path.write_text("{}")
+        edit_json(path, lambda raw: raw | base["generation"])
+    if base["tokenizer"] == "old_files":
+        write_old_tokenizer(folder, base["config"]["vocab_size"])
+    elif base["tokenizer"]:
         write_tokenizer(folder, base["tokenizer"], base["config"]["vocab_size"])
 
 
@@ -112,6 +118,18 @@ def write_tokenizer(folder: Path, kind: str, vocab_size: int) -> None:
         }
         token = {str(len(vocab)): added}
         edit_json(folder / "tokenizer_config.json", lambda raw: raw | {"added_tokens_decoder": token})
+
+
+def write_old_tokenizer(folder: Path, vocab_size: int) -> None:
+    """vocab.json and merges.txt, as GPT-2's tokenizer came before there was a tokenizer.json."""
+    from tokenizers import pre_tokenizers
+
+    names = ["<pad>", "<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "1+"][:vocab_size]
+    (folder / "vocab.json").write_text(json.dumps({name: number for number, name in enumerate(names)}))
+    (folder / "merges.txt").write_text("#version: 0.2\na b\n1 +\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "GPT2Tokenizer", "model_max_length": 128})
+    )
 
 
 # --- experts ---

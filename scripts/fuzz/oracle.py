@@ -124,6 +124,19 @@ class Oracle:
         result = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         return np.asarray(result.logits[0].double().numpy())
 
+    def generated(
+        self, way: Mapping[str, Any], prompt: Sequence[int], new: int
+    ) -> tuple[list[int], NDArray[np.float64]]:
+        """transformers' own greedy `generate` under the base's generation_config.json: tokens, and scores [T, V]."""
+        ids, model = torch.tensor([list(prompt)]), self.model(way)
+        with torch.no_grad():
+            result = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
+                use_cache=False, output_scores=True, return_dict_in_generate=True,
+            )  # fmt: skip
+        scores = np.stack([step[0].double().numpy() for step in result.scores])
+        return result.sequences[0, len(prompt) :].tolist(), scores
+
     def noise(self, way: Mapping[str, Any], tokens: Sequence[int], plain: NDArray[np.float64]) -> NDArray[np.float64]:
         """[T] how far fp32 and weights moved by rounding's size carry these logits from those in fp64."""
         precise = copy.deepcopy(self.model(way)).double()

@@ -18,7 +18,6 @@ KNOWN = (
     KnownRefusal(r"softcap\), which TensorRT's Attention operator refuses", "softcap with --emit modern"),
     KnownRefusal(r"the modern emit always has a K/V cache", "--emit modern without a cache"),
     KnownRefusal(r"has a LoRA on .*wpe|embed_positions is a", "a LoRA on learned positions that take more than ids"),
-    KnownRefusal(r"ensure_weight_tying", "ensure_weight_tying"),
     KnownRefusal(r"reached beyond float16|float16.*range|too large for float16", "values beyond float16"),
     KnownRefusal(
         r"is above the largest total rank|--max-total-rank|max_total_rank", "more ranks than the session may load"

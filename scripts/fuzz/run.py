@@ -21,7 +21,7 @@ from scripts.fuzz.shrink import shrink
 from scripts.fuzz.workers import COMMAND, Worker
 
 HANG_SECONDS = 60.0
-SHRINK_SECONDS, SHRINK_TRIES = 180.0, 80
+SHRINK_SECONDS, SHRINK_TRIES = 90.0, 80
 
 
 @dataclass(slots=True)
@@ -144,9 +144,8 @@ def judged(worker: Worker, case: Case, folder: Path, seconds: float) -> dict[str
 def _look_closer(shared: Shared, worker: Worker, case: Case, outcome: dict[str, Any]) -> None:
     """Shrink the first case of a finding and write its repro; later ones of the same point to it."""
     settings, sign = shared.settings, signature(outcome)
-    first = shared.first_of(
-        f"{sign}/{case['base']['family']}" if outcome["verdict"] == Verdict.DIFFERS else sign, case["number"]
-    )
+    is_number = sign == f"{Verdict.DIFFERS}: numbers"  # says nothing of its cause: each family's is looked at
+    first = shared.first_of(f"{sign}/{case['base']['family']}" if is_number else sign, case["number"])
     if first != case["number"]:
         outcome["twin_of"] = first
         return
@@ -175,9 +174,11 @@ def _twins(
     """Build once more under another hash seed; other bytes are a finding."""
     for case, folder, digests in again:
         task = {"task": "digests", "case": case, "folder": str(folder)}
-        second = worker.ask(task, 2 * shared.settings.hang_seconds).get("digests", {"died": ""})
+        reply = worker.ask(task, 2 * shared.settings.hang_seconds)
+        second = reply.get("digests", digests)
         other = sorted(name for name in digests | second if digests.get(name) != second.get(name))
         outcome: dict[str, Any] = {"verdict": "equal under two hash seeds", "detail": "", "seconds": {}}
+        outcome |= {} if "digests" in reply else reply
         if other:
             outcome |= {
                 "verdict": Verdict.UNSTABLE,
@@ -219,7 +220,7 @@ def read_settings(argv: Sequence[str] | None) -> tuple[Settings, Path | None]:
     add("--out", type=Path, default=Path("out/fuzz"), help="log.jsonl, summary.md and the repros (default out/fuzz)")
     add("--log", type=Path, help="write the summary here too, as a page")
     add("--hang", type=float, default=HANG_SECONDS, help="seconds after which a case hangs (default 60)")
-    add("--shrink", type=float, default=SHRINK_SECONDS, help="seconds to shrink a finding (default 180)")
+    add("--shrink", type=float, default=SHRINK_SECONDS, help="seconds to shrink a finding (default 90)")
     add("--keep", action="store_true", help="keep the cases' folders")
     args = parser.parse_args(argv)
     if args.minutes is None and args.cases is None:

@@ -147,7 +147,7 @@ def _fewer_words(case: Case) -> Iterator[Case]:
 
 def _simpler_bases(case: Case) -> Iterator[Case]:
     base = case["base"]
-    plain = {"tokenizer": None, "shards": 1, "dtype": "float32", "form": "full", "flag_lies": None}
+    plain = {"tokenizer": None, "shards": 1, "dtype": "float32", "form": "full", "flag_lies": None, "generation": {}}
     for field, value in plain.items():
         if base[field] != value and not (field == "tokenizer" and case["texts"]):
             yield _changed(case, base=base | {field: value})

@@ -43,10 +43,11 @@ class Worker:
         except BrokenPipeError:
             return self._ended()
         began = time.monotonic()
-        reply = self._read(seconds)
+        try:
+            reply = self._read(seconds)
+        except EOFError:
+            return self._ended()
         if reply is None:
-            if self.process.poll() is not None:
-                return self._ended()
             self.close()
             return {
                 "verdict": "hung",
@@ -77,18 +78,24 @@ class Worker:
             start_new_session=True, cwd=ROOT,
         )  # fmt: skip
         os.close(theirs)
-        if self._read(START_SECONDS) != {"ready": True}:
+        try:
+            is_ready = self._read(START_SECONDS) == {"ready": True}
+        except EOFError:
+            is_ready = False
+        if not is_ready:
             self.close()
             raise RuntimeError("a worker does not start; its message is above")
 
     def _read(self, seconds: float) -> dict[str, Any] | None:
-        """One line, or None at the time limit or the end."""
+        """One line, or None at the time limit; EOFError where the process ended."""
         end = time.monotonic() + seconds
         while b"\n" not in self.unread:
             ready, _, _ = select.select([self.replies], [], [], max(0.0, end - time.monotonic()))
-            more = os.read(self.replies, 1 << 16) if ready else b""
-            if not more:
+            if not ready:
                 return None
+            more = os.read(self.replies, 1 << 16)
+            if not more:
+                raise EOFError
             self.unread += more
         line, _, self.unread = self.unread.partition(b"\n")
         reply: dict[str, Any] = json.loads(line)
