@@ -19,6 +19,7 @@ from exporter.errors import ExportError
 from runtime.adapter_folder.lora_config import LoraFields
 from scripts.fuzz import log, refusals
 from scripts.fuzz.draw import CASES_A_HASH_SEED, GENERATION, PURPOSES, draw_case, hash_seed_of
+from scripts.fuzz.draw_odd import ODD
 from scripts.fuzz.families import FAMILIES
 from scripts.fuzz.judge import FINDINGS, Verdict, judge, signature
 from scripts.fuzz.repro import write_repro
@@ -101,6 +102,7 @@ def _options(case: Case) -> Iterator[str]:
         ("layout", lambda case: [case["gate"]["layout"]] if case["gate"] else [], ("peft", "damaged", "original")),
         ("depth", lambda case: [case["gate"]["config"]["xlora_depth"]] if case["gate"] else [], (1, 2, 3)),
         ("top k", lambda case: [case["gate"]["config"].get("top_k_lora")] if case["gate"] else [], (None, 1, 2, 3)),
+        ("odd", lambda case: [case["odd"]], (None, *ODD)),
         ("late", lambda case: [len(case["late"])], (0, 1)),
         ("merge", lambda case: [case["build"]["merge"]], ("linear", "cat", "svd", "ties", "rank-select")),
         ("option", lambda case: _options(case),
@@ -202,7 +204,8 @@ def small_case(**parts: Any) -> Case:
     case = {
         "format": 1, "seed": 0, "number": 0, "purpose": "static", "base": base, "gate": None, "late": [], "texts": [],
         "experts": [expert("math", "rslora", use_rslora=True), expert("code", "lora")], "build": build, "hash_seed": 7,
-        "runs": [{"rows": rows, "new": 3, "decode": "exact", "batch": 8}], "built_twice": False, "via": "cli",
+        "runs": [{"rows": rows, "new": 3, "decode": "exact", "batch": 8}], "built_twice": False,
+        "via": "cli", "odd": None,
     }  # fmt: skip
     return copy.deepcopy(case) | parts
 
@@ -383,7 +386,8 @@ def test_a_worker_that_hangs_or_dies_is_replaced_and_its_case_shrunk(
 
 
 def test_bundles_that_follow_the_hash_seed_are_found(tmp_path: Path) -> None:
-    lines = _with_fake_worker(tmp_path / "bad", "hashes", 70) if (tmp_path / "bad").mkdir() is None else []
+    (tmp_path / "bad").mkdir()
+    lines = _with_fake_worker(tmp_path / "bad", "hashes", 70)
     twice = {number for number in range(70) if draw_case(SEED_OF_FAKES, number)["built_twice"]}
     assert {line["number"] for line in lines if line["verdict"] == Verdict.UNSTABLE} == twice
     assert len([line for line in lines if line["repro"]]) == 1

@@ -7,6 +7,7 @@ from typing import Any
 
 from scripts.fuzz.draw_build import draw_build, draw_runs
 from scripts.fuzz.draw_experts import draw_experts, draw_gate, draw_late
+from scripts.fuzz.draw_odd import make_odd
 from scripts.fuzz.families import FAMILIES, MAIN, OTHERS, Family
 
 Case = dict[str, Any]
@@ -43,6 +44,9 @@ def draw_case(seed: int, number: int) -> Case:
     }  # fmt: skip
     case["build"] = draw_build(rng, case)
     case["runs"] = draw_runs(rng, case)
+    case["odd"] = None
+    if rng.random() < 0.07:
+        make_odd(rng, case)
     case["texts"] = draw_texts(rng) if base["tokenizer"] else []
     case["hash_seed"] = hash_seed_of(seed, number)
     case["built_twice"] = rng.random() < 0.04

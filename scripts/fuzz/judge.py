@@ -43,12 +43,14 @@ class Verdict(StrEnum):
     LEFT_FILES = "left files"
     UNKNOWN_REFUSAL = "refused without a known reason"
     UNSTABLE = "bundles differ by PYTHONHASHSEED"
+    FUZZER = "the fuzzer failed"
 
 
 FINDINGS = frozenset(
     {
         Verdict.DIFFERS, Verdict.CRASHED, Verdict.HUNG, Verdict.DIED, Verdict.LEFT_FILES, Verdict.UNKNOWN_REFUSAL,
         Verdict.UNSTABLE,
+        Verdict.FUZZER,
     }
 )  # fmt: skip
 
@@ -101,7 +103,7 @@ def build(case: Mapping[str, Any], out: str = BUNDLE) -> tuple[int, str]:
             code = main(arguments)
         except SystemExit as error:  # argparse
             code = int(error.code or 0)
-        return code, Path("output.txt").read_text(errors="replace")[before:].strip()
+        return code, Path("output.txt").read_text(errors="replace")[before:].strip().removeprefix("error: ")
     from exporter import build as build_bundle
     from runtime.errors import UserError
 

@@ -26,6 +26,7 @@ def line_of(case: Mapping[str, Any], outcome: Mapping[str, Any], hash_seed: int)
         "experts": len(case["experts"]),
         "gate": None if case["gate"] is None else case["gate"]["layout"],
         "stored": base["dtype"],
+        "odd": case["odd"],
         "verify": words[words.index("--verify") + 1],
         "choices": [word for word in words if word in CHOICES] + [f"merge {case['build']['merge']}"],
         "decode": sorted({run["decode"].split(":")[0] for run in case["runs"]}),
@@ -78,6 +79,7 @@ def _parts(lines: Sequence[Line], minutes: float, jobs: int) -> Iterator[str]:
     yield from _cross("kind of build", [(line["purpose"], line["verdict"]) for line in lines])
     yield from _cross("expert", [(kind, line["verdict"]) for line in lines for kind in line["kinds"]])
     yield from _cross("gate", [(line["gate"], line["verdict"]) for line in lines if line["gate"]])
+    yield from _cross("no bundle can hold it", [(line["odd"], line["verdict"]) for line in lines if line["odd"]])
     yield from _cross("verify", [(line["verify"], line["verdict"]) for line in lines])
     yield from _cross("choice", [(choice, line["verdict"]) for line in lines for choice in line["choices"]])
     yield from _cross("decode", [(decode, line["verdict"]) for line in lines for decode in line["decode"]])

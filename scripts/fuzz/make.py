@@ -164,6 +164,8 @@ def write_expert(expert: Mapping[str, Any], model: Any, folder: Path) -> None:
                 parameter.mul_(1 + 0.3 * noise)
             elif "lora_" in name:
                 parameter.copy_(noise * expert["scale"])
+            elif name.endswith(".bias") and expert["config"].get("bias", "none") != "none":
+                parameter.add_(0.3 * noise * parameter.requires_grad)
             elif ".modules_to_save." in name or "trainable_tokens_delta" in name:
                 parameter.add_(0.3 * noise)
     live.save_pretrained(folder)

@@ -17,11 +17,18 @@ class KnownRefusal:
 KNOWN = (
     KnownRefusal(r"softcap\), which TensorRT's Attention operator refuses", "softcap with --emit modern"),
     KnownRefusal(r"the modern emit always has a K/V cache", "--emit modern without a cache"),
-    KnownRefusal(r"has a LoRA on .*wpe|embed_positions is a", "a LoRA on learned positions that take more than ids"),
-    KnownRefusal(r"reached beyond float16|float16.*range|too large for float16", "values beyond float16"),
+    KnownRefusal(r"embed_positions is a|wpe", "a LoRA on learned positions that take more than ids"),
+    KnownRefusal(r"float16", "values beyond float16"),
+    KnownRefusal(r"\bbias = .* cannot be exported: trained biases", "trained biases beside a LoRA"),
+    KnownRefusal(r"lora_bias = True cannot be exported", "a bias on lora_B, which PEFT's gate does not gate"),
+    KnownRefusal(r"DoRA divides the changed weight by its norm", "DoRA is not linear, so it cannot be weighed"),
     KnownRefusal(
-        r"is above the largest total rank|--max-total-rank|max_total_rank", "more ranks than the session may load"
+        r"DoRA rescales whole weights|it replaces weights of the base", "a merge of more than low-rank updates"
     ),
+    KnownRefusal(r"replaces .* of the base, which scalings cannot switch", "replaced weights in a dynamic graph"),
+    KnownRefusal(r"a gate cannot mix an expert that replaces weights", "replaced weights in a gate"),
+    KnownRefusal(r"cannot be mixed: it replaces", "replaced weights in a mix"),
+    KnownRefusal(r"changes with the sequence length", "a rope that changes with the sequence length"),
 )
 
 

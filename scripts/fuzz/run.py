@@ -112,7 +112,7 @@ def _job(shared: Shared, job: int) -> None:
         finally:
             worker.close()
     if again:
-        worker = Worker(hash_seed_of(shared.settings.seed, 10_000_000 + job))
+        worker = Worker(hash_seed_of(shared.settings.seed, 10_000_000 + job), shared.settings.command)
         _twins(shared, worker, again)
         worker.close()
 
