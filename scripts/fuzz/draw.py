@@ -6,7 +6,7 @@ from random import Random
 from typing import Any
 
 from scripts.fuzz.draw_build import draw_build, draw_runs
-from scripts.fuzz.draw_experts import draw_experts, draw_gate, draw_late
+from scripts.fuzz.draw_experts import can_come_late, draw_experts, draw_gate, draw_late
 from scripts.fuzz.draw_odd import make_odd
 from scripts.fuzz.families import FAMILIES, MAIN, OTHERS, Family
 
@@ -36,7 +36,7 @@ def draw_case(seed: int, number: int) -> Case:
     base = draw_base(rng, name, family)
     experts = draw_experts(rng, family, base, purpose)
     gate = draw_gate(rng, experts) if purpose == "gated" else None
-    late = [draw_late(rng, experts[0])] if purpose == "hot" and rng.random() < 0.5 else []
+    late = [draw_late(rng, experts[0])] if purpose == "hot" and can_come_late(experts[0], family) else []
     case: Case = {
         "format": FORMAT, "seed": seed, "number": number, "purpose": purpose, "base": base, "experts": experts,
         "gate": gate,

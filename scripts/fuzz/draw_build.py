@@ -15,10 +15,13 @@ def draw_build(rng: Random, case: Case) -> Case:
     """`arguments` after base, adapters and --out; `named`: mixes by the variant's name; what is told of the base."""
     purpose, experts = case["purpose"], case["experts"]
     modes = {"static": ["static"], "replaced": ["static"], "both": ["dynamic", "static"]}.get(purpose, ["dynamic"])
-    arguments = ["--mode", *modes]
     named: dict[str, Case] = {}
     merge = "linear"
-    if "static" in modes:
+    is_foldable = purpose == "gated" and rng.random() < 0.12
+    if is_foldable:  # the plain graph, which folded decoding needs
+        modes, named["static"] = ["dynamic", "static"], {}
+    arguments = ["--mode", *modes, *(["--mix", "base"] if is_foldable else [])]
+    if "static" in modes and not is_foldable:
         mix = _mix(rng, experts, is_replaced=purpose == "replaced")
         named["static"] = mix
         arguments += ["--mix", mix_word(mix)]
@@ -83,7 +86,7 @@ def _forms(rng: Random, modes: list[str], purpose: str) -> list[str]:
     words += ["--emit", emit] if emit == "modern" else []
     if emit == "portable" and purpose != "hot" and rng.random() < 0.12:
         words += ["--cache", "none"]
-    dtype = rng.choices(("float32", "float16", "bfloat16"), (22, 1, 1))[0]
+    dtype = rng.choices(("float32", "float16", "bfloat16"), (38, 1, 1))[0]
     words += ["--dtype", dtype] if dtype != "float32" else []
     if rng.random() < 0.15:
         words.append("--no-onnxruntime-form")

@@ -68,6 +68,12 @@ def _expert(rng: Random, name: str, kind: str, family: Family, base: Case, *, is
     }
 
 
+def can_come_late(expert: Case, family: Family) -> bool:
+    """Beside a LoRA on an end PEFT saves the base's weight, which a running session cannot compare."""
+    targets = expert["config"]["target_modules"]
+    return isinstance(targets, str) or not set(targets) & set(family.ends)
+
+
 def draw_late(rng: Random, first: Case) -> Case:
     """An adapter for the modules of `first`, with a rank, a scale and weights of its own."""
     config = {

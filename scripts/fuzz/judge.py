@@ -159,7 +159,7 @@ def judge_bundle(case: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         if problem:
             return {"verdict": Verdict.UNMADE, "detail": f"PEFT: {problem}"}
         return {"verdict": Verdict.CRASHED, "detail": f"{one_line(error)}\n{traceback.format_exc()}"}
-    counts = {key: found[key] for key in ("tokens", "ties", "worst", "noisy", "unfolded")}
+    counts = {key: found[key] for key in ("tokens", "ties", "worst", "noisy", "unfolded", "ungenerated")}
     if found["differences"]:
         return {"verdict": Verdict.DIFFERS, "detail": "\n".join(found["differences"]), "counts": counts}
     return {"counts": counts}

@@ -28,6 +28,7 @@ KNOWN = (
     KnownRefusal(r"replaces .* of the base, which scalings cannot switch", "replaced weights in a dynamic graph"),
     KnownRefusal(r"a gate cannot mix an expert that replaces weights", "replaced weights in a gate"),
     KnownRefusal(r"cannot be mixed: it replaces", "replaced weights in a mix"),
+    KnownRefusal(r"the mix changes no module: there is no adapter", "nothing to save of a mix that changes nothing"),
     KnownRefusal(r"changes with the sequence length", "a rope that changes with the sequence length"),
 )
 

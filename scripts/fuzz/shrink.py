@@ -80,9 +80,8 @@ def without_expert(case: Case, name: str) -> Case | None:
     smaller["experts"] = [expert for expert in smaller["experts"] if expert["name"] != name]
     build = smaller["build"]
     for mix in build["named"].values():
-        mix.pop(name, None)
-    if any(not mix for mix in build["named"].values()):
-        return None
+        if mix.pop(name, None) is not None and not mix:
+            return None
     build["arguments"] = _renamed_mixes(build)
     for run in smaller["runs"]:
         run["rows"] = [row for row in run["rows"] if row.get("variant") != name]
