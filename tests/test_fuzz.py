@@ -391,6 +391,8 @@ def test_bundles_that_follow_the_hash_seed_are_found(tmp_path: Path) -> None:
     twice = {number for number in range(70) if draw_case(SEED_OF_FAKES, number)["built_twice"]}
     assert {line["number"] for line in lines if line["verdict"] == Verdict.UNSTABLE} == twice
     assert len([line for line in lines if line["repro"]]) == 1
+    once = [line for line in lines if line["verdict"] != Verdict.UNSTABLE]
+    assert all(line["hash_seed"] == hash_seed_of(SEED_OF_FAKES, line["number"]) for line in once)
     (tmp_path / "good").mkdir()
     assert not [line for line in _with_fake_worker(tmp_path / "good", "none", 70) if line["verdict"] in FINDINGS]
 
@@ -398,6 +400,7 @@ def test_bundles_that_follow_the_hash_seed_are_found(tmp_path: Path) -> None:
 def test_shrinking_takes_away_all_that_does_not_matter() -> None:
     """Of a rich case only what the finding needs is left, and every smaller case is still a case."""
     case = small_gated_case()
+    case["gate"] |= {"layout": "original", "as_list": True, "use_bias": True, "relu": False}
     name = case["experts"][1]["name"]
 
     def shows(smaller: Case) -> bool:
