@@ -155,12 +155,17 @@ class Oracle:
         """The logits with fp64 products."""
         return self.logits(way, tokens, copy.deepcopy(self.model(way)).double())
 
-    def ids(self, text: str) -> list[int]:
-        """AutoTokenizer's ids of a text."""
+    def ids(self, text: str) -> list[int] | None:
+        """AutoTokenizer's ids of a text; None: it reads no such files of this family."""
         from transformers import AutoTokenizer
 
         if "tokenizer" not in self.models:
-            self.models["tokenizer"] = AutoTokenizer.from_pretrained(self.folder / "base")
+            try:
+                self.models["tokenizer"] = AutoTokenizer.from_pretrained(self.folder / "base")
+            except ValueError:
+                self.models["tokenizer"] = None
+        if self.models["tokenizer"] is None:
+            return None
         return list(self.models["tokenizer"](text)["input_ids"])
 
 
