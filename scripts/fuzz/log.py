@@ -32,12 +32,17 @@ def line_of(case: Mapping[str, Any], outcome: Mapping[str, Any], hash_seed: int)
         "decode": sorted({run["decode"].split(":")[0] for run in case["runs"]}),
         "verdict": outcome["verdict"],
         "reason": outcome.get("reason"),
-        "detail": outcome["detail"][:2000],
+        "detail": _short(outcome["detail"]),
         "counts": outcome.get("counts"),
         "seconds": outcome["seconds"],
         "repro": outcome.get("repro"),
         "twin_of": outcome.get("twin_of"),
     }
+
+
+def _short(text: str) -> str:
+    """Both ends: differences begin with the first, a traceback ends with the error."""
+    return text if len(text) <= 2000 else f"{text[:600]}\n[…]\n{text[-1400:]}"
 
 
 CHOICES = (
