@@ -30,7 +30,7 @@ from scripts.fuzz.workers import Worker
 ROOT = Path(__file__).parents[1]
 DRAWS = 3000
 # About a minute: families, kinds and builds of all sorts. Cases 2, 3, 8, 13, 15, 18 and 27 of this seed found faults.
-SEED, NUMBERS = 303, (1, 6, 7, 9, 10, 12, 14, 16, 17, 19, 21, 22)
+SEED, NUMBERS = 303, (1, 6, 7, 9, 10, 12, 14, 16, 19, 21, 22)
 
 Case = dict[str, Any]
 
