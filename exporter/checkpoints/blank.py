@@ -93,7 +93,7 @@ def _may_be_untied(base: BaseDescription, tensors: Mapping[str, StoredTensor]) -
     """Whether the files hold both of two weights that are one by the config: transformers then compares the values."""
     tied = getattr(_class(base), "_tied_weights_keys", None) or {}
     is_stored = [all(any(re.search(name, key) for key in tensors) for name in pair) for pair in tied.items()]
-    return base.tied_embeddings and any(is_stored)
+    return base.tying is not None and base.tying.by_config and any(is_stored)
 
 
 def _class(base: BaseDescription) -> Any:
