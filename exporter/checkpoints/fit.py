@@ -9,6 +9,7 @@ from typing import Any
 from exporter.adapters import AdapterSet, Expert, LoraDelta, Origin
 from exporter.checkpoints.base import BaseDescription, ModuleInfo, ModuleKind
 from exporter.checkpoints.base_folder import named_folder
+from exporter.checkpoints.tied_adapters import tying_problems
 from exporter.checkpoints.tying import is_same_tensor, stored_as
 from exporter.checkpoints.weights_file import WeightsFile, open_weights
 from exporter.errors import ExportError
@@ -24,6 +25,8 @@ SAME_FIELDS = (
     "num_key_value_heads", "head_dim", "n_embd", "n_layer",
 )  # fmt: skip
 
+_ROUNDED = "is the base's rounded to another dtype: the base's own is used"
+
 
 def check_against_base(adapters: AdapterSet, base: BaseDescription) -> list[str]:
     """Notes when the adapters fit the base; otherwise everything that does not fit, raised at once."""
@@ -35,6 +38,7 @@ def check_against_base(adapters: AdapterSet, base: BaseDescription) -> list[str]
     for origin in adapters.origins:
         problems.extend(_missing_targets(origin, adapters, base))
         problems.extend(_missing_replacements(origin, adapters, base))
+        problems.extend(tying_problems(origin, adapters, base))
         problems.extend(_other_base(origin, base, notes))
         with gathering(problems):
             notes.extend(_check_saved_base(origin, adapters, base))
@@ -196,6 +200,7 @@ def _check_saved_base(origin: Origin, adapters: AdapterSet, base: BaseDescriptio
     """Embeddings and heads that PEFT saved beside a LoRA must be those of the base; else the base was resized."""
     notes: list[str] = []
     problems: list[InputError] = []
+    same: dict[str, list[str]] = {"equals the base's": [], _ROUNDED: []}
     replaced = {name for e in adapters.experts if f"expert:{e.name}" == origin.role for name in e.replacements}
     for path in origin.files if origin.role != "gate" else ():
         if path.suffix == ".safetensors":
@@ -205,8 +210,10 @@ def _check_saved_base(origin: Origin, adapters: AdapterSet, base: BaseDescriptio
                         continue
                     with gathering(problems):
                         is_exact = _require_same(file, key, base_key, base)
-                        notes.append(_saved_note(origin.role, base_key, file.entries[key].dtype, is_exact=is_exact))
-    raise_all(shown_path(origin.folder), problems)
+                        same["equals the base's" if is_exact else _ROUNDED].append(base_key)
+    raise_all(shown_path(origin.folder), shortened(problems))
+    for what, names in same.items():
+        notes += [f"{origin.role}: {listed(names)} is saved beside the LoRA and {what}"] if names else []
     return notes
 
 
@@ -220,12 +227,6 @@ def _require_same(file: WeightsFile, key: str, base_key: str, base: BaseDescript
                         raise _differs(file, key, f"its values are not those of {base_key} in the base")
                     return is_same_tensor(file, key, stored, name, rounded=False)
     raise _differs(file, key, f"the base has no {base_key} to compare it with")
-
-
-def _saved_note(role: str, base_key: str, dtype: str, *, is_exact: bool) -> str:
-    if is_exact:
-        return f"{role}: {base_key} is saved beside the LoRA and equals the base's"
-    return f"{role}: {base_key} is saved beside the LoRA and is the base's rounded to {dtype}; the base's own is used"
 
 
 def _base_keys(base_key: str, base: BaseDescription) -> tuple[str, ...]:

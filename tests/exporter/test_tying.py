@@ -15,8 +15,6 @@ from exporter.build_bundle import build
 from exporter.checkpoints import describe_base
 from exporter.inputs import read_inputs
 from exporter.parts import load_parts
-from exporter.spec import DType
-from runtime.errors import InputError
 from runtime.manifest import Mode, VerifyLevel
 from tests.exporter.checkpoint_makers import edit_json, edit_tensors, write_adapter
 from tests.exporter.peft_models import logits_of, peft_lora
