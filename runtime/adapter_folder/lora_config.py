@@ -188,7 +188,7 @@ def refused_fields(raw: dict[str, Any], schema: type[LoraFields] | type[AdaLoraF
         problems.append(_unsupported(where, f"bias = {shown(raw['bias'])}", "trained biases replace those of the base"))
     init = raw.get("init_lora_weights", True)
     if not (isinstance(init, bool) or (isinstance(init, str) and init in PLAIN_INITS)):
-        reason = "PEFT changes the base by it on every load; convert the adapter when saving (path_initial_model_...)"
+        reason = "PEFT changes the base weights by it on every load; convert it when saving (path_initial_model_...)"
         problems.append(_unsupported(where, f"init_lora_weights = {shown(init)}", reason))
     known = {*schema.ignored, *schema.refused, *schema.model_fields, "bias", "init_lora_weights", "peft_type"}
     # A newer PEFT adds fields; unset, they change nothing. The exact set of tensors is checked anyway.
