@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 
 import torch
@@ -71,6 +72,14 @@ class GateConfig:
     global_scaling_weight: float
 
 
+class TiedEnds(StrEnum):
+    """What ensure_weight_tying made one tensor for embedding and head, in a base that config.json ties."""
+
+    SAVED = "modules_to_save"
+    LORA = "LoRA"
+    ROWS = "trainable_token_indices"
+
+
 @dataclass(frozen=True, slots=True)
 class Origin:
     """Where one part of the set was read from, and what that checkpoint says of its base.
@@ -85,6 +94,8 @@ class Origin:
     base_name: str | None = None
     is_target: Callable[[str], bool] | None = None
     is_saved: Callable[[str], bool] = lambda _: False
+    shared_rows: tuple[str, ...] = ()  # modules whose new rows PEFT saved with another module's
+    tied_ends: TiedEnds | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from exporter.static import (
     rounded_weights,
     touched_sites,
     untied,
+    without_twin,
 )
 from exporter.store import Weight, WeightStore
 from exporter.variants import has_row_per_site, static_variants
@@ -138,15 +139,16 @@ def export_static(
     sites = touched_sites(parts.sites, rows)
     torch_dtype = getattr(torch, dtype.value)
     measures: dict[str, SiteMerge] = {}
-    new = replacements_of(experts, variant.mix.weights)
+    tying = parts.inputs.base.tying
+    new = replacements_of(experts, variant.mix.weights, tying)
     values = None if parts.blank is None else parts.blank.read
     changed = folded_weights(model, sites, rows, name, merge, measures, values)
-    changed |= replaced_weights(model, new, name, values)
+    changed |= replaced_weights(model, without_twin(new, tying), name, values)
     if twin:
         halves = rounded_weights(twin, torch_dtype, name)
         # Quantised ones lie in the twin as integers; what is folded here tells their shapes only.
         changed = halves if quantizer is None else {each: halves.get(each, weight) for each, weight in changed.items()}
-    with untied(model, sites, [weight for weight in new if new[weight].rows is None]) as partners:
+    with untied(model, sites, [] if tying is None else tying.parted(new)) as partners:
         plan = GraphPlan(
             name,
             signature,

@@ -79,9 +79,9 @@ def read_inputs(spec: BuildSpec) -> Inputs:
     touched = {path for expert in adapters.experts for path in expert.deltas}
     mixed = check_mix(spec, adapters, touched)
     touched |= set(allowed or ())
-    touched |= {
-        name.rpartition(".")[0] for e in adapters.experts for name, new in e.replacements.items() if not new.rows
-    }
+    if base.tying is not None:
+        new = [base.tying.with_tied_rows(expert.replacements) for expert in adapters.experts]
+        touched |= {name.rpartition(".")[0] for one in new for name in base.tying.parted(one)}
     said = (*adapters.notes, *base.notes, *notes, *untying_notes(base, touched), *routed, *mixed)
     return Inputs(adapters, base, (*said, *encoder_notes(base, spec)), encoder_info(base, spec), allowed)
 

@@ -49,10 +49,12 @@ def module_kinds(base: BaseDescription, model: PreTrainedModel) -> list[tuple[st
 
 def untying_notes(base: BaseDescription, touched: Collection[str]) -> tuple[str, ...]:
     """A line when experts adapt the embedding or the head of a base in which both are one weight."""
-    embeddings = [path for path, info in base.modules.items() if info.kind is ModuleKind.EMBEDDING]
-    ends = (*embeddings[:1], "lm_head")
+    tying = base.tying
+    if tying is None or tying.head is None or not tying.by_loader:
+        return ()
+    ends = [name.rpartition(".")[0] for name in (tying.embedding, tying.head)]
     adapted = [path for path in ends if path in touched]
-    if not base.tied_embeddings or not adapted:
+    if not adapted:
         return ()
     one, changed = " and ".join(ends), " and ".join(adapted)
     return (f"{one} share one weight in the base and are untied here: the experts change {changed} only",)

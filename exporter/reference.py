@@ -214,20 +214,15 @@ class Reference:
         before: list[tuple[nn.Module, str, nn.Parameter]] = []
         used = torch.tensor(row).reshape(-1, len(self.experts)).ne(0).any(0).tolist()
         for expert in (expert for is_used, expert in zip(used, self.experts, strict=True) if is_used):
-            for name, new in expert.replacements.items():
-                base = self.model.get_parameter(name)
-                owner = self.model.get_submodule(name.rpartition(".")[0])
-                tied = [module for module in self.model.modules() if getattr(module, "weight", None) is base]
-                holders = [owner] if new.rows is None else tied  # a tied head gets single rows only
-                value = nn.Parameter(_new_values(base, new), requires_grad=False)
-                for module in holders:
-                    leaf = name.rpartition(".")[2]
-                    before.append((module, leaf, base))
-                    setattr(module, leaf, value)
+            for name, new in _as_peft_ties(self.model, expert.replacements).items():
+                path, _, leaf = name.rpartition(".")
+                module, base = self.model.get_submodule(path), self.model.get_parameter(name)
+                before.append((module, leaf, base))
+                setattr(module, leaf, nn.Parameter(_new_values(base, new), requires_grad=False))
         try:
             yield
         finally:
-            for module, leaf, old in before:
+            for module, leaf, old in reversed(before):
                 setattr(module, leaf, old)
 
     def _filled(self, row: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -255,6 +250,20 @@ class Reference:
     def _with(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
         with implemented(self.model, "eager", "eager"), replaced(self.model, modules):
             yield
+
+
+def _as_peft_ties(model: PreTrainedModel, replacements: Mapping[str, Replacement]) -> dict[str, Replacement]:
+    """PEFT's set_additional_trainable_modules: rows of the embedding go to the head, too, where the config says tied.
+
+    It asks the config alone. The head then keeps its other rows, whether they are the embedding's or its own.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    paths = {module: path for path, module in model.named_modules()}
+    rows = replacements.get(f"{paths.get(embedding)}.weight")
+    is_tied = model.config.to_dict().get("tie_word_embeddings") and getattr(model, "_tied_weights_keys", None)
+    if not is_tied or head is None or rows is None or rows.rows is None:
+        return dict(replacements)
+    return {f"{paths[head]}.weight": rows, **replacements}  # the head's own come last and win
 
 
 def _new_values(base: torch.Tensor, new: Replacement) -> torch.Tensor:

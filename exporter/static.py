@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from exporter.adapters import Expert, Replacement
+from exporter.checkpoints import Tying
 from exporter.merges.merge import SiteMerge, measured, merged
 from exporter.merges.update import Update, dense
 from exporter.sites import Site, SiteKind, is_transposed
@@ -81,10 +82,19 @@ def touched_sites(sites: Iterable[Site], rows: torch.Tensor) -> list[Site]:
     return [site for site in sites if (row_of(rows, site) @ site.weights).any()]
 
 
-def replacements_of(experts: Sequence[Expert], mix: Mapping[str, float]) -> dict[str, Replacement]:
-    """The weights of the base that the mix's only expert replaces, by parameter name."""
+def replacements_of(
+    experts: Sequence[Expert], mix: Mapping[str, float], tying: Tying | None = None
+) -> dict[str, Replacement]:
+    """The weights of the base that the mix's only expert replaces, by parameter name; tied rows under both names."""
     used = [expert for expert in experts if mix.get(expert.name)]
-    return {name: new for expert in used for name, new in expert.replacements.items()}
+    new = {name: new for expert in used for name, new in expert.replacements.items()}
+    return new if tying is None else tying.with_tied_rows(new)
+
+
+def without_twin(new: Mapping[str, Replacement], tying: Tying | None) -> dict[str, Replacement]:
+    """The same without the head where it stays one parameter with the embedding, since both get the same rows."""
+    is_one = tying is not None and tying.by_loader and tying.head in new and not tying.parted(new)
+    return {name: value for name, value in new.items() if not (is_one and tying is not None and name == tying.head)}
 
 
 def replaced_weights(
@@ -123,7 +133,7 @@ def rounded(weight: Weight, dtype: torch.dtype) -> Weight:
 def untied(model: PreTrainedModel, sites: Iterable[Site], replaced: Collection[str] = ()) -> Iterator[dict[str, str]]:
     """Give the head a parameter of its own (same memory) when an adapted site shares it with the embedding.
 
-    So does a parameter of the two that is `replaced` as a whole; new rows are the head's too, as in PEFT.
+    So does an end that is `replaced` otherwise than the other (`Tying.parted`).
 
     Yields head parameter -> embedding parameter where that was needed, else nothing.
     """

@@ -12,6 +12,7 @@ from exporter.checkpoints.load import load_base
 from exporter.checkpoints.save_lora import require_free, shared_base_name, write_lora
 from exporter.checkpoints.shared_heads import without_shared_heads
 from exporter.checkpoints.sources import compare_sources, source_files
+from exporter.checkpoints.tying import Tying, read_tying
 
 __all__ = [
     "BaseDescription",
@@ -19,6 +20,7 @@ __all__ = [
     "ModuleInfo",
     "ModuleKind",
     "StoredTensor",
+    "Tying",
     "base_reference",
     "check_against_base",
     "check_half_range",
@@ -28,6 +30,7 @@ __all__ = [
     "load_base",
     "load_blank",
     "read_adapters",
+    "read_tying",
     "require_free",
     "shared_base_name",
     "source_files",

@@ -181,6 +181,8 @@ def _origin(binding: Binding, folder: LoraFolder) -> Origin:
         base_name=folder.fields.base_model_name_or_path,
         is_target=folder.is_target if folder.rule else None,
         is_saved=folder.is_saved,
+        shared_rows=folder.shared_rows,
+        tied_ends=folder.tied_ends,
     )
 
 

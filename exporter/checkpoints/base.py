@@ -14,6 +14,7 @@ import torch
 from exporter.checkpoints.base_folder import folder_of, weight_files
 from exporter.checkpoints.sentence import SentenceSettings, read_sentence
 from exporter.checkpoints.task import ENCODERS, model_class, model_options, task_of
+from exporter.checkpoints.tying import Tying, read_tying
 from exporter.checkpoints.weights_file import FLOAT_DTYPES, open_weights
 from exporter.errors import ExportError
 from runtime.adapter_folder.files import shown_path
@@ -58,7 +59,7 @@ class BaseDescription:
     model_type: str
     modules: Mapping[str, ModuleInfo]
     shapes: Mapping[str, tuple[int, ...]]  # of all parameters; a tied one under both its names
-    tied_embeddings: bool
+    tying: Tying | None  # None: no embedding that the model names
     gate_width: int  # of the hidden states that the gate reads, which are what the head reads: OPT may project them
     files: tuple[Path, ...]  # safetensors, sorted
     stored_names: Mapping[str, str] = field(default_factory=dict)  # our name -> the files', where those differ
@@ -71,6 +72,11 @@ class BaseDescription:
     def text_config(self) -> Any:
         """The part of the config that describes the language model."""
         return self.config.get_text_config()
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether embedding and head are one parameter once transformers has loaded the files."""
+        return self.tying is not None and self.tying.by_loader
 
     @property
     def hidden_size(self) -> int:
@@ -93,7 +99,10 @@ def describe_base(reference: str, task: Task | None = None) -> BaseDescription:
     modules = {path: module_info(module) for path, module in model.named_modules() if path and is_leaf(module)}
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     stored_names = _check_headers(files, shapes, folder, _renaming(model))
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    tying = read_tying(model, files, stored_names)
+    if tying is not None and tying.by_config and not tying.by_loader:
+        notes.append(_two_weights(tying))
     return BaseDescription(
         reference=reference,
         name=folder.resolve().name if Path(reference).is_dir() else reference,
@@ -102,7 +111,7 @@ def describe_base(reference: str, task: Task | None = None) -> BaseDescription:
         model_type=config.model_type,
         modules=modules,
         shapes=shapes,
-        tied_embeddings=head is not None and head.weight is embedding.weight,
+        tying=tying,
         gate_width=int(config.get_text_config().hidden_size if head is None else head.weight.shape[1]),
         files=files,
         stored_names=stored_names,
@@ -110,6 +119,13 @@ def describe_base(reference: str, task: Task | None = None) -> BaseDescription:
         task=task,
         options=options,
         sentence=read_sentence(folder) if task is Task.FEATURE_EXTRACTION else None,
+    )
+
+
+def _two_weights(tying: Tying) -> str:
+    return (
+        f"config.json says that {tying.embedding} and {tying.head} are one weight, but the files hold two that differ: "
+        "both are kept, as transformers does"
     )
 
 

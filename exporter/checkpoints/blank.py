@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,11 @@ class BlankBase:
 
     model: Any  # transformers.PreTrainedModel
     stored: Mapping[str, StoredTensor]  # by parameter name; a tied one under its first
+    first_names: Mapping[str, str] = field(default_factory=dict)  # other name of a tied parameter -> its first
 
     def read(self, name: str) -> torch.Tensor:
-        """A parameter's values in fp32."""
-        return self.stored[name].read().float()
+        """A parameter's values in fp32, under any of its names."""
+        return self.stored[self.first_names.get(name, name)].read().float()
 
 
 def load_blank(base: BaseDescription, dtype: torch.dtype) -> BlankBase | None:
@@ -58,6 +59,7 @@ def load_blank(base: BaseDescription, dtype: torch.dtype) -> BlankBase | None:
     blanks = {key: torch.empty(tensor.shape, dtype=torch.float32) for key, tensor in tensors.items()}
     model = _loaded(base, blanks)
     keys = {(blank.data_ptr(), blank.shape): key for key, blank in blanks.items() if blank.numel()}
+    first_names = _first_names(model)
     stored = {}
     for name, parameter in model.named_parameters():
         key = keys.get((parameter.data_ptr(), parameter.shape))
@@ -65,11 +67,11 @@ def load_blank(base: BaseDescription, dtype: torch.dtype) -> BlankBase | None:
             return None
         stored[name] = tensors[key]
         parameter.data = torch.empty(parameter.shape, dtype=dtype)
-    for name in model.state_dict().keys() & {name for name, _ in model.named_buffers()}:
+    for name in sorted(model.state_dict().keys() & {name for name, _ in model.named_buffers()}):
         path, _, leaf = name.rpartition(".")
         value = tensors[base.stored_names.get(name, name)].read()
         setattr(model.get_submodule(path), leaf, value.to(dtype))
-    return BlankBase(model, stored)
+    return BlankBase(model, stored, first_names)
 
 
 def stored_tensors(base: BaseDescription) -> dict[str, StoredTensor]:
@@ -83,6 +85,13 @@ def stored_tensors(base: BaseDescription) -> dict[str, StoredTensor]:
     return found
 
 
+def _first_names(model: Any) -> dict[str, str]:
+    """Every further name of a parameter that has several -> its first."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
+
+
 def _is_converted(base: BaseDescription, tensors: Mapping[str, StoredTensor]) -> bool:
     """Whether transformers makes some parameters of other tensors, as Mixtral's block experts: that needs values."""
     names = {base.stored_names.get(name, name) for name in base.shapes}
@@ -93,7 +102,7 @@ def _may_be_untied(base: BaseDescription, tensors: Mapping[str, StoredTensor]) -
     """Whether the files hold both of two weights that are one by the config: transformers then compares the values."""
     tied = getattr(_class(base), "_tied_weights_keys", None) or {}
     is_stored = [all(any(re.search(name, key) for key in tensors) for name in pair) for pair in tied.items()]
-    return base.tied_embeddings and any(is_stored)
+    return base.tying is not None and base.tying.by_config and any(is_stored)
 
 
 def _class(base: BaseDescription) -> Any:

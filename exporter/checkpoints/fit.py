@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from exporter.adapters import AdapterSet, Expert, LoraDelta, Origin
 from exporter.checkpoints.base import BaseDescription, ModuleInfo, ModuleKind
 from exporter.checkpoints.base_folder import named_folder
-from exporter.checkpoints.weights_file import FLOAT_DTYPES, WeightsFile, open_weights
+from exporter.checkpoints.tied_adapters import tying_problems
+from exporter.checkpoints.tying import is_same_tensor, stored_as
+from exporter.checkpoints.weights_file import WeightsFile, open_weights
 from exporter.errors import ExportError
 from runtime.adapter_folder.files import shown_path
 from runtime.adapter_folder.json_files import read_json
@@ -24,7 +24,8 @@ SAME_FIELDS = (
     "model_type", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size", "num_attention_heads",
     "num_key_value_heads", "head_dim", "n_embd", "n_layer",
 )  # fmt: skip
-_CHUNK_ROWS = 4096
+
+_ROUNDED = "is the base's rounded to another dtype: the base's own is used"
 
 
 def check_against_base(adapters: AdapterSet, base: BaseDescription) -> list[str]:
@@ -37,6 +38,7 @@ def check_against_base(adapters: AdapterSet, base: BaseDescription) -> list[str]
     for origin in adapters.origins:
         problems.extend(_missing_targets(origin, adapters, base))
         problems.extend(_missing_replacements(origin, adapters, base))
+        problems.extend(tying_problems(origin, adapters, base))
         problems.extend(_other_base(origin, base, notes))
         with gathering(problems):
             notes.extend(_check_saved_base(origin, adapters, base))
@@ -92,18 +94,35 @@ def _replacement_problems(expert: Expert, base: BaseDescription) -> Iterator[Exp
 
 
 def _doubly_changed(expert: Expert, name: str, base: BaseDescription, where: str) -> Iterator[ExportError]:
-    path = name.rpartition(".")[0]
-    ends = [other for other, info in base.modules.items() if info.kind is ModuleKind.EMBEDDING][:1]
-    ends += ["lm_head"] if "lm_head" in base.modules else []
-    is_tied = base.tied_embeddings and expert.replacements[name].rows is not None
-    if is_tied and path != ends[0]:
-        got, need = f"token ids of {path} alone", f"those of {ends[0]}, which then are the head's too"
-        yield ExportError("embedding and head are one weight", where=where, got=got, need=need, code="E_UNSUPPORTED")
-    both = [other for other in (ends if is_tied else [path]) if other in expert.deltas]
+    """A weight that the expert replaces and adapts at once; new rows of the embedding may be the head's, too."""
+    tying, new = base.tying, expert.replacements[name]
+    names, is_rows = [name], new.rows is not None
+    if tying is not None and tying.by_peft and tying.head is not None and name == tying.embedding and is_rows:
+        head = expert.replacements.get(tying.head)
+        if head is None:
+            names.append(tying.head)
+        elif head.rows is None:
+            yield ExportError(
+                f"{tying.head} is replaced as a whole and has new rows", where=where, code="E_UNSUPPORTED",
+                got=f"token ids of {name}, which are the head's too where config.json ties both", need="one of the two",
+            )  # fmt: skip
+    both = [path for path in (other.rpartition(".")[0] for other in names) if path in expert.deltas]
     if both:
         yield ExportError(
             f"{name} is replaced and has a LoRA at once", where=where, got=f"a LoRA on {', '.join(both)}",
             need="one of the two", fix="train it with either", code="E_UNSUPPORTED",
+        )  # fmt: skip
+    if tying is not None and tying.head is not None and tying.head in names and is_rows:
+        yield from _biased_head(tying.head, base, where)
+
+
+def _biased_head(head: str, base: BaseDescription, where: str) -> Iterator[ExportError]:
+    """PEFT's TrainableTokensLayer computes a head with new rows without its bias."""
+    bias = f"{head.removesuffix('.weight')}.bias"
+    if bias in base.shapes:
+        yield ExportError(
+            f"PEFT drops {bias} where {head} has new rows", where=where, need="a head without a bias",
+            fix="train the adapter with modules_to_save", code="E_UNSUPPORTED",
         )  # fmt: skip
 
 
@@ -181,6 +200,7 @@ def _check_saved_base(origin: Origin, adapters: AdapterSet, base: BaseDescriptio
     """Embeddings and heads that PEFT saved beside a LoRA must be those of the base; else the base was resized."""
     notes: list[str] = []
     problems: list[InputError] = []
+    same: dict[str, list[str]] = {"equals the base's": [], _ROUNDED: []}
     replaced = {name for e in adapters.experts if f"expert:{e.name}" == origin.role for name in e.replacements}
     for path in origin.files if origin.role != "gate" else ():
         if path.suffix == ".safetensors":
@@ -189,43 +209,31 @@ def _check_saved_base(origin: Origin, adapters: AdapterSet, base: BaseDescriptio
                     if base_key in replaced:
                         continue
                     with gathering(problems):
-                        _require_same(file, key, base_key, base)
-                        notes.append(f"{origin.role}: {base_key} is saved beside the LoRA and equals the base's")
-    raise_all(shown_path(origin.folder), problems)
+                        is_exact = _require_same(file, key, base_key, base)
+                        same["equals the base's" if is_exact else _ROUNDED].append(base_key)
+    raise_all(shown_path(origin.folder), shortened(problems))
+    for what, names in same.items():
+        notes += [f"{origin.role}: {listed(names)} is saved beside the LoRA and {what}"] if names else []
     return notes
 
 
-def _require_same(file: WeightsFile, key: str, base_key: str, base: BaseDescription) -> None:
-    """The saved tensor equals the base's one, rounded to the dtype it was saved in; read in chunks of rows."""
-    names = _base_keys(base_key, base)
-    for path in base.files:
-        with open_weights(path) as stored:
-            for name in names & set(stored.entries):
-                if not _is_same(file, key, stored, name):
-                    raise _differs(file, key, f"its values are not those of {base_key} in the base")
-                return
+def _require_same(file: WeightsFile, key: str, base_key: str, base: BaseDescription) -> bool:
+    """The saved tensor equals the base's one, at least in the narrower of both dtypes; whether it does so exactly."""
+    for name in _base_keys(base_key, base):
+        for path in base.files:
+            with open_weights(path) as stored:
+                if name in stored.entries:
+                    if not is_same_tensor(file, key, stored, name, rounded=True):
+                        raise _differs(file, key, f"its values are not those of {base_key} in the base")
+                    return is_same_tensor(file, key, stored, name, rounded=False)
     raise _differs(file, key, f"the base has no {base_key} to compare it with")
 
 
-def _base_keys(base_key: str, base: BaseDescription) -> set[str]:
-    """The names a tensor can have in the base's files: as it is, without the model prefix, or its tied twin."""
-    names = {base_key, base_key.partition(".")[2]}
-    if base.tied_embeddings:
-        twins = [path for path, module in base.modules.items() if module.kind is ModuleKind.EMBEDDING]
-        names |= {f"{twins[0]}.weight", "lm_head.weight"}
-    return {base.stored_names.get(name, name) for name in names - {""}}
-
-
-def _is_same(left: WeightsFile, left_key: str, right: WeightsFile, right_key: str) -> bool:
-    a, b = left.entries[left_key], right.entries[right_key]
-    if a.shape != b.shape or not a.shape or not {a.dtype, b.dtype} <= set(FLOAT_DTYPES):
-        return False
-    for first in range(0, a.shape[0], _CHUNK_ROWS):
-        saved = left.read_rows(left_key, first, _CHUNK_ROWS)
-        given = right.read_rows(right_key, first, _CHUNK_ROWS)
-        if not torch.equal(saved, given.to(saved.dtype)) and not torch.equal(saved.to(given.dtype), given):
-            return False
-    return True
+def _base_keys(base_key: str, base: BaseDescription) -> tuple[str, ...]:
+    """The names a tensor can have in the base's files, in the order to look: its own, then those of its tied twin."""
+    twin = base.tying.twin(base_key) if base.tying is not None else None
+    names = stored_as(base_key, base.stored_names)
+    return names if twin is None else (*names, *stored_as(twin, base.stored_names))
 
 
 def _differs(file: WeightsFile, key: str, reason: str) -> ExportError:

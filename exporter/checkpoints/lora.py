@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from exporter.adapters import LoraDelta, Replacement
-from exporter.checkpoints.replacements import is_saved, read_replacements, replacing_keys
+from exporter.adapters import LoraDelta, Replacement, TiedEnds
+from exporter.checkpoints.replacements import is_saved, read_replacements, replacing_keys, shared_rows
 from exporter.checkpoints.weights_file import open_weights
 from runtime.adapter_folder.files import is_folder, require_weights, shown_path
 from runtime.adapter_folder.json_files import read_json
@@ -29,10 +29,21 @@ class LoraFolder:
     replacements: dict[str, Replacement]
     rule: TargetRule | None
     files: tuple[Path, ...]
+    shared_rows: tuple[str, ...] = ()
 
     def is_target(self, path: str) -> bool:
         """Whether the config selects this module and left it a rank."""
         return self.rule is not None and self.rule(path) and path not in self.pruned
+
+    @property
+    def tied_ends(self) -> TiedEnds | None:
+        """What ensure_weight_tying makes one for embedding and head, if the base ties them."""
+        if self.fields.ties_saved:
+            return TiedEnds.SAVED
+        if self.fields.ties_loras:
+            return TiedEnds.LORA
+        is_rows = self.fields.ensure_weight_tying and self.fields.trainable_token_indices
+        return TiedEnds.ROWS if is_rows else None
 
     def is_saved(self, path: str) -> bool:
         """Whether modules_to_save means this module."""
@@ -49,11 +60,12 @@ def read_lora(folder: Path) -> LoraFolder:
         replacing = replacing_keys(file, fields)
         deltas = read_deltas(file, fields, frozenset(replacing))
         replacements = read_replacements(file, replacing, fields)
+        shared = shared_rows(replacing, fields)
     touched = require_touched(deltas, weights)
     pruned = frozenset(deltas) - frozenset(touched)
     files = (folder / CONFIG_NAME, weights)
     in_torch = {path: delta_from_tensors(delta) for path, delta in touched.items()}
-    return LoraFolder(folder, fields, in_torch, pruned, replacements, fields.target_rule(), files)
+    return LoraFolder(folder, fields, in_torch, pruned, replacements, fields.target_rule(), files, shared)
 
 
 def delta_from_tensors(read: LoraTensors) -> LoraDelta:

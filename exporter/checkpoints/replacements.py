@@ -11,7 +11,7 @@ from exporter.adapters import Replacement
 from exporter.checkpoints.weights_file import FLOAT_DTYPES, WeightsFile
 from exporter.errors import ExportError
 from runtime.adapter_folder.files import shown_path
-from runtime.adapter_folder.lora_config import AdapterFields
+from runtime.adapter_folder.lora_config import ENDS, AdapterFields
 from runtime.adapter_folder.patterns import is_named
 from runtime.adapter_folder.problems import gathering, shortened
 from runtime.errors import InputError, raise_all
@@ -31,7 +31,7 @@ def replacing_keys(file: WeightsFile, fields: AdapterFields) -> dict[str, tuple[
         rows = _rows_of(path.removesuffix(TOKENS), fields)
         if path.endswith(TOKENS) and part == "trainable_tokens_delta" and rows is not None:
             found[key] = f"{path.removesuffix(TOKENS)}.weight", rows
-        elif is_saved(path, fields.modules_to_save or ()):
+        elif is_saved(path, fields.modules_to_save or ()) or (fields.ties_saved and path in ENDS):
             found[key] = f"{path}.{part}", None
     return found
 
@@ -48,10 +48,8 @@ def read_replacements(
 ) -> dict[str, Replacement]:
     """The new values by parameter name, as float32; every problem is raised at once."""
     problems: list[InputError] = []
-    indices = fields.trainable_token_indices or {}
-    paths = [name.removesuffix(".weight") for name, rows in keys.values() if rows is not None]
-    wanted = list(indices) if isinstance(indices, dict) else [""]
-    if lost := [name for name in wanted if not any(path.endswith(name) for path in paths)]:
+    shared = shared_rows(keys, fields)
+    if lost := [name for name in _without_rows(keys, fields) if name not in shared]:
         what = "trainable_token_indices are set, but their rows are not in the file"
         got, fix = f"no {TOKENS[1:]} of {', '.join(lost) or 'the embedding'}", "save the adapter again"
         raise ExportError(what, where=shown_path(file.path), got=got, fix=fix, code="E_KEYS")
@@ -61,6 +59,24 @@ def read_replacements(
             found[name] = Replacement(_read_values(file, key, rows), rows)
     raise_all(shown_path(file.path), shortened(problems))
     return {name: new for name, new in found.items() if new.rows != ()}  # no token ids: nothing is replaced
+
+
+def shared_rows(keys: Mapping[str, tuple[str, tuple[int, ...] | None]], fields: AdapterFields) -> tuple[str, ...]:
+    """Modules of trainable_token_indices without rows in the file, but with the ids of one that has: PEFT saves one
+    tensor for an embedding and its tied head. Whether they are tied is the base's to say."""
+    indices = fields.trainable_token_indices
+    saved = [rows for _, rows in keys.values() if rows is not None]
+    if not isinstance(indices, dict):
+        return ()
+    return tuple(name for name in _without_rows(keys, fields) if tuple(indices[name]) in saved)
+
+
+def _without_rows(keys: Mapping[str, tuple[str, tuple[int, ...] | None]], fields: AdapterFields) -> list[str]:
+    """The names of trainable_token_indices that no tensor belongs to; "" for those of a plain list."""
+    indices = fields.trainable_token_indices or {}
+    paths = [name.removesuffix(".weight") for name, rows in keys.values() if rows is not None]
+    wanted = list(indices) if isinstance(indices, dict) else [""]
+    return [name for name in wanted if not any(path.endswith(name) for path in paths)]
 
 
 def _read_values(file: WeightsFile, key: str, rows: tuple[int, ...] | None) -> torch.Tensor:

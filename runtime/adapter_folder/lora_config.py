@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from runtime.adapter_folder.files import shown_path
-from runtime.adapter_folder.patterns import TargetRule, check_pattern, value_for
+from runtime.adapter_folder.patterns import TargetRule, check_pattern, is_named, value_for
 from runtime.adapter_folder.problems import gathering, problems_from_schema, shown
 from runtime.errors import InputError, raise_all
 from runtime.manifest import AdapterKind
@@ -50,9 +50,10 @@ REFUSED_FIELDS = {
     "monteclora_config": "MonteCLoRA samples its weights",
     "kasa_config": "KaSA changes the base weights",
     "megatron_config": "Megatron's parallel layers are not Linear",
-    "ensure_weight_tying": "one LoRA shared by embedding and lm_head has no site here",
 }
 
+# Modules that PEFT's ensure_weight_tying looks for among those it saves or adapts (peft EMBEDDING_LAYER_NAMES).
+ENDS = ("embed_tokens", "lm_head")
 # init_lora_weights that leave the base as it is; the others need the base they modified.
 PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal"})
 
@@ -70,6 +71,21 @@ class AdapterFields(BaseModel):
     layers_to_transform: Annotated[list[int], Field(max_length=20_000)] | int | None = None
     layers_pattern: Annotated[list[Name], Field(max_length=64)] | Name | None = None
     base_model_name_or_path: Annotated[str, Field(max_length=4096)] | None = None
+    ensure_weight_tying: bool = False
+
+    @property
+    def ties_saved(self) -> bool:
+        """Whether embedding and head are saved as one weight if the base ties them (peft _check_tied_modules)."""
+        return self.ensure_weight_tying and any(name.split(".")[-1] in ENDS for name in self.modules_to_save or ())
+
+    @property
+    def ties_loras(self) -> bool:
+        """Whether one LoRA adapts embedding and head if the base ties them (peft _check_tied_modules)."""
+        if not self.ensure_weight_tying or self.ties_saved or self.target_modules is None:
+            return False
+        if isinstance(self.target_modules, str):
+            return any(is_named(self.target_modules, name) for name in ENDS)
+        return any(name.split(".")[-1] in ENDS for name in self.target_modules)
 
     def target_rule(self) -> TargetRule | None:
         """Which modules the adapter targets; None where the file leaves it to PEFT's defaults."""
@@ -172,7 +188,7 @@ def refused_fields(raw: dict[str, Any], schema: type[LoraFields] | type[AdaLoraF
         problems.append(_unsupported(where, f"bias = {shown(raw['bias'])}", "trained biases replace those of the base"))
     init = raw.get("init_lora_weights", True)
     if not (isinstance(init, bool) or (isinstance(init, str) and init in PLAIN_INITS)):
-        reason = "this initialisation changes the base weights; convert it to LoRA when saving (path_initial_model_...)"
+        reason = "PEFT changes the base weights by it on every load; convert it when saving (path_initial_model_...)"
         problems.append(_unsupported(where, f"init_lora_weights = {shown(init)}", reason))
     known = {*schema.ignored, *schema.refused, *schema.model_fields, "bias", "init_lora_weights", "peft_type"}
     # A newer PEFT adds fields; unset, they change nothing. The exact set of tensors is checked anyway.

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.adapter_folder.files import shown_path
-from runtime.adapter_folder.lora_config import AdaLoraFields, LoraFields
+from runtime.adapter_folder.lora_config import ENDS, AdaLoraFields, LoraFields
 from runtime.adapter_folder.patterns import TargetRule
 from runtime.adapter_folder.problems import gathering, listed, shortened
 from runtime.adapter_folder.safetensors_file import FLOAT_DTYPES, SafetensorsFile, TensorEntry
@@ -26,6 +26,7 @@ MAX_FEATURES = 1 << 22  # of one module; no real layer or vocabulary comes near
 _LORA_KEY = re.compile(
     r"base_model\.model\.(?P<path>[A-Za-z0-9_.]{1,400})\."
     r"(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|lora_[ABE])"
+    r"(?P<form>(?<=vector)(?:\.default)?\.weight)?"  # DoRA's magnitudes were a ParameterDict, then a module
 )
 _LINEAR, _EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
 # The tensors of one module, A and B first; a kind has one form for Linear and perhaps one for Embedding.
@@ -34,8 +35,9 @@ FORMS: dict[AdapterKind, tuple[tuple[str, ...], ...]] = {
     AdapterKind.DORA: ((*_LINEAR, "lora_magnitude_vector"), (*_EMBEDDING, "lora_magnitude_vector")),
     AdapterKind.ADALORA: (("lora_A", "lora_B", "lora_E"),),
 }
-# Embeddings and lm_head whose weights PEFT saves beside their LoRA, or after a resize.
+# Weights of the base beside the LoRA: PEFT saves adapted embeddings and heads; other tools the whole model.
 _SAVED_BASE_KEY = re.compile(r"base_model\.model\.(?P<path>[A-Za-z0-9_.]{1,400}?)(?:\.base_layer)?\.(?:weight|bias)")
+_OF_ADAPTER = re.compile(r"\.(?:lora_|token_adapter\.|modules_to_save\.|internal_xlora_classifier\.)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +60,9 @@ def saved_base_tensors(file: SafetensorsFile) -> dict[str, str]:
     """
     found = {}
     for key in file.entries:
-        if not _LORA_KEY.fullmatch(key) and (match := _SAVED_BASE_KEY.fullmatch(key)):
-            path = match["path"]
-            if path.rpartition(".")[2] in (
-                "embed_tokens",
-                "lm_head",
-                "wte",
-                "embed_in",
-                "embed_out",
-                "word_embeddings",
-            ):
-                found[key] = f"{path}.{key.rpartition('.')[2]}"
+        match = _SAVED_BASE_KEY.fullmatch(key)
+        if match and not _OF_ADAPTER.search(key):
+            found[key] = f"{match['path']}.{key.rpartition('.')[2]}"
     return found
 
 
@@ -83,7 +77,8 @@ def read_deltas(
     deltas = {}
     for path, keys in modules.items():
         with gathering(problems):
-            _check_target(path, rule, where)
+            if not (fields.ties_loras and path in ENDS):  # PEFT takes a tied head out of the targets
+                _check_target(path, rule, where)
             _check_pair(path, keys, file, fields.rank_of(path))
             deltas[path] = _read_delta(path, keys, file, fields)
     if not modules and not problems:
@@ -116,8 +111,10 @@ def _group_keys(
     for key in file.entries:
         match = _LORA_KEY.fullmatch(key)
         if match and any(match["part"] in form for form in FORMS[kind]):
-            unknown.discard(key)
-            parts.setdefault(match["path"], {})[match["part"]] = key
+            found = parts.setdefault(match["path"], {})
+            if match["part"] not in found:  # the same tensor in another form stays unknown
+                unknown.discard(key)
+                found[match["part"]] = key
     problems.extend(_unknown_keys(sorted(unknown), where))
     modules = {}
     for path, found in parts.items():

@@ -201,8 +201,7 @@ def test_a_weight_is_replaced_or_adapted_not_both(tmp_path: Path) -> None:
         check_against_base(adapters, describe_base(str(base)))
     ends = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"lm_head": [1]}, task_type="CAUSAL_LM")
     folder = write_adapter(tmp_path / "head", tmp_path / "untied", ends)
-    with pytest.raises(UserError, match="embedding and head are one weight; got token ids of lm_head alone"):
-        check_against_base(read(folder), describe_base(str(base)))
+    check_against_base(read(folder), describe_base(str(base)))  # the head comes apart: test_tying
 
 
 def test_no_token_ids_replace_nothing(copied: Callable[[str], Path], root: Path) -> None:

@@ -190,7 +190,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"monteclora_config": {"x": 1}}, "MonteCLoRA"),
     ({"kasa_config": {"x": 1}}, "KaSA"),
     ({"megatron_config": {"x": 1}}, "Megatron"),
-    ({"ensure_weight_tying": True}, "shared by embedding and lm_head"),
     ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4' .* changes the base"),
     ({"init_lora_weights": "olora"}, "changes the base weights"),
     ({"init_lora_weights": "loftq"}, "changes the base weights"),
