@@ -86,7 +86,8 @@ class TokenRules:
         if new <= start or not ends:
             return
         now = scores[ends]
-        more = np.abs(now) * np.float32(factor ** (new - start) - 1)
+        with np.errstate(over="ignore", invalid="ignore"):  # of what `remove_invalid_values` made finite
+            more = np.abs(now) * np.float32(factor ** (new - start) - 1)
         scores[ends] = now + np.where(np.isfinite(now), more, np.float32(0))
 
     @staticmethod
