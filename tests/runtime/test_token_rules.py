@@ -53,7 +53,7 @@ def tokens(model: Model, **options: object) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("size", [2, 16])
-@pytest.mark.parametrize("decode", ["paired", "auto", "paired:3", "lookup:4", "frozen:99", "folded:99"])
+@pytest.mark.parametrize("decode", ["paired", "auto", "paired:3", "lookup:4", "frozen:99"])
 def test_drafts_change_no_token(model: Model, decode: str, size: int) -> None:
     ruled = under(model, DEFAULTS)
     want = tokens(ruled, decode="exact", batch_size=1)
