@@ -77,6 +77,10 @@ def generation_defaults(model: PreTrainedModel, folder: Path | None = None) -> G
         found = GenerationDefaults.model_validate(_kept(config) | {"not_applied": _not_applied(config, folder)})
     except (ValidationError, TypeError, ValueError) as error:
         raise _refused(str(error)) from error
+    vocab = model.get_output_embeddings().weight.shape[0]
+    forced = (*found.forced_eos_token_ids, *_ids(found.forced_bos_token_id))
+    if strange := [token for token in forced if not 0 <= token < vocab]:  # seen by transformers only when it is forced
+        raise _refused(f"forced tokens {strange} of a vocabulary of {vocab}")
     return None if found == GenerationDefaults() else found
 
 

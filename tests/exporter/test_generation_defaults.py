@@ -14,6 +14,8 @@ import torch
 from transformers import GenerationConfig
 
 from exporter.build_bundle import build
+from exporter.checkpoints import describe_base
+from exporter.checkpoints.blank import load_blank
 from exporter.errors import ExportError
 from exporter.generation_defaults import eos_token_ids, generation_defaults, generation_notes
 from runtime import GenerateOptions, Model, Routed, Sampling, complete, load
@@ -24,7 +26,7 @@ from tests.exporter.checkpoint_makers import load_model, write_base, write_lora
 from tests.exporter.peft_models import peft_lora
 from tests.exporter.tiny_builds import named_sources, quick
 
-NEW, PROMPT = 10, [5, 9, 33, 7, 8, 9, 33]
+NEW, PROMPT = 10, [5, 21, 33, 7, 45, 9, 33]
 ENDS = [2, 40]
 # Each alone changes greedy tokens of the tiny model, which the test of each asserts.
 GREEDY: Mapping[str, Any] = {
@@ -217,6 +219,9 @@ def test_settings_of_old_models_in_their_config_count_too(sources: Path, tmp_pat
     found = generation_defaults(load_model(base))
     assert found is not None
     assert (found.repetition_penalty, found.suppress_tokens) == (1.4, (3,))
+    blank = load_blank(describe_base(str(base)), torch.float16)
+    assert blank is not None
+    assert generation_defaults(blank.model) == found
 
 
 @pytest.mark.parametrize(
@@ -228,11 +233,12 @@ def test_settings_of_old_models_in_their_config_count_too(sources: Path, tmp_pat
         {"sequence_bias": [[[9999], 1.0]]},
         {"do_sample": True, "temperature": 0.0},
         {"min_new_tokens": 1.5},
+        {"forced_eos_token_id": 9999},
     ],
 )
 def test_what_transformers_refuses_is_refused(bundle: Model, oracle: Any, fields: dict[str, Any]) -> None:
     oracle.generation_config = GenerationConfig(**({"eos_token_id": ENDS} | fields))
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises((ValueError, TypeError, IndexError)):
         oracle.generate(input_ids=torch.tensor([PROMPT]), max_new_tokens=3, do_sample="do_sample" in fields)
     with pytest.raises(ExportError, match="generation settings cannot be used"):
         generation_defaults(oracle)
