@@ -16,6 +16,7 @@ from exporter.checkpoints import load_blank
 from exporter.describe import describe
 from exporter.errors import VerifyError
 from exporter.external_data import check_external_data
+from exporter.generation_defaults import generation_defaults, generation_notes
 from exporter.graph_exports import export_graphs, open_store, static_rows
 from exporter.graphs import Exported
 from exporter.inputs import Inputs, default_out, read_inputs, require_apart
@@ -35,7 +36,7 @@ from runtime.bundle import Bundle
 from runtime.encode_golden import ENCODED_PATH, EncodedCase, EncodedGolden
 from runtime.engines import Target
 from runtime.golden import GOLDEN_PATH, Golden, GoldenCase
-from runtime.manifest import Emit, Mode, VerifyLevel, VerifyReport
+from runtime.manifest import Emit, Mode, Task, VerifyLevel, VerifyReport
 from runtime.quantization import ActivationType, QuantizeMethod
 
 TWIN = "twin"  # the fp32 graphs of an fp16 or bf16 build, inside the stage until they are verified
@@ -65,6 +66,9 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
                 parts = load_parts(inputs, spec.gate_op, spec.hot, blank)
                 if spec.dtype is DType.FLOAT16 and blank is None:
                     require_half_range(parts.model)
+            if inputs.base.task is Task.TEXT_GENERATION:  # refused before any graph is made
+                for note in generation_notes(generation_defaults(parts.model, inputs.base.folder)):
+                    clock.notes(note)
             hessians = {}
             if spec.quantize is not None and spec.quantize.method is QuantizeMethod.GPTQ:
                 with clock.stage("calibrate"):

@@ -9,12 +9,13 @@ from pathlib import Path
 from exporter.checkpoints import source_files
 from exporter.file_copies import Digest
 from exporter.gate import gate_info
+from exporter.generation_defaults import generation_defaults
 from exporter.graphs import Exported
 from exporter.model_facts import base_info
 from exporter.parts import Parts, quantizer_of
 from exporter.spec import BuildSpec
 from exporter.variants import variant_infos
-from runtime.manifest import FORMAT_VERSION, ExpertInfo, Manifest, SiteInfo, TokenizerInfo, VerifyReport
+from runtime.manifest import FORMAT_VERSION, ExpertInfo, Manifest, SiteInfo, Task, TokenizerInfo, VerifyReport
 
 VERSIONED = ("torch", "transformers", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
@@ -38,6 +39,7 @@ def describe(
         task=base.task,
         encoder=parts.inputs.encoder,
         base=base_info(base, parts.model, spec.dtype),
+        generation=generation_defaults(parts.model, base.folder) if base.task is Task.TEXT_GENERATION else None,
         experts=tuple(
             ExpertInfo(
                 column=column,

@@ -14,9 +14,10 @@ from exporter.adapters import Expert
 from exporter.dynamic import replaced
 from exporter.encoder_settings import require_generation
 from exporter.errors import ExportError
+from exporter.generation_defaults import eos_token_ids
 from exporter.inputs import read_inputs
 from exporter.mixture import Mixture, blocks_of, mixed_modules
-from exporter.model_facts import base_info, eos_token_ids
+from exporter.model_facts import base_info
 from exporter.parts import Parts, load_parts
 from exporter.sites import Site
 from exporter.spec import BuildSpec, CacheChoice, DType, LearnSpec, Per

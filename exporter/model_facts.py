@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection
 
 from transformers import PreTrainedModel
 
@@ -13,6 +12,7 @@ from exporter.dynamic import cache_shapes, head_path
 from exporter.encoder import encoder_kinds
 from exporter.encoder_settings import positions_of
 from exporter.errors import ExportError
+from exporter.generation_defaults import eos_token_ids
 from exporter.sites import SiteKind
 from exporter.spec import DType
 from runtime.manifest import BaseModelInfo, Emit, Task
@@ -146,12 +146,3 @@ def base_info(base: BaseDescription, model: PreTrainedModel, dtype: DType) -> Ba
         bos_token_id=getattr(config, "bos_token_id", None),
         eos_token_ids=eos_token_ids(model) if is_decoder else (),
     )
-
-
-def eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    """The generation config's end tokens, or the model config's."""
-    found: set[int] = set()
-    for source in (model.generation_config, model.config.get_text_config()):
-        value: Any = getattr(source, "eos_token_id", None)
-        found |= set(value if isinstance(value, Sequence) else [] if value is None else [value])
-    return tuple(sorted(found))

@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     show = commands.add_parser("inspect", help="show what a bundle holds and how it was verified")
     show.add_argument("bundle", metavar="BUNDLE", type=Path)
     show.add_argument("--json", action="store_true", help="print the manifest as JSON")
-    _add_generate(commands.add_parser("generate", help="generate text; greedy unless a temperature is given"))
+    _add_generate(commands.add_parser("generate", help="generate text, as the base's generation config says"))
     add_encode(commands.add_parser("embed", help="one embedding a text, of an encoder's bundle"), embeds=True)
     add_encode(commands.add_parser("classify", help="each text's label, of an encoder's bundle"), embeds=False)
     _add_compare(commands.add_parser("compare", help="is what runs here still the model? against a recording"))
@@ -75,7 +75,12 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     prompts.add_argument("--prompt-ids", dest="prompts", action="append", metavar="5,17,3", type=_ids)
     whole = "the whole file, or standard input for -, without one line break at its end"
     prompts.add_argument("--prompt-file", dest="prompts", action="append", metavar="FILE|-", type=Path, help=whole)
-    add("--max-new-tokens", type=int, metavar="N", help="default 128, or what the model's positions allow")
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="default: the base's, or 128, or what positions allow",
+    )
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     ways = command.add_argument_group("how the experts are mixed; default: by the gate")
     way = ways.add_mutually_exclusive_group()
@@ -101,9 +106,15 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     hot.add_argument("--load", dest="loads", action="append", default=[], metavar="NAME=DIR", type=_named, help=several)
     most = "of all adapters in memory; more is refused"
     hot.add_argument("--max-adapter-bytes", type=int, metavar="N", help=most)
-    add("--temperature", type=float, default=0.0, metavar="T")
+    add("--no-defaults", action="store_true", help="ignore all that the base's generation config sets")
+    add("--temperature", type=float, metavar="T", help="0: greedy")
     add("--top-k", type=int, metavar="K")
     add("--top-p", type=float, metavar="P")
+    add("--min-p", type=float, metavar="P", help="only tokens of at least this share of the likeliest one")
+    add("--repetition-penalty", type=float, metavar="R", help="above 1: tokens of prompt and answer come less")
+    add("--no-repeat-ngram-size", type=int, metavar="N", help="no N tokens in a row come twice; 0: they may")
+    add("--suppress-tokens", type=_ids, metavar="5,17,3", help="tokens that never come")
+    add("--min-new-tokens", type=int, metavar="N", help="no end token before so many")
     add(
         "--seed", type=int, metavar="S", help="same seed, prompt and --decode, same text, whatever else is in the batch"
     )
@@ -183,6 +194,8 @@ def generate(args: argparse.Namespace) -> int:
         _load_adapters(model, args)
         if not args.quiet:
             print(_status(model), file=sys.stderr, flush=True)
+            for line in _defaults_notes(model, options):
+                print(line, file=sys.stderr)
             if note := mix_note(mix.weights if mix else {}):
                 print(f"note: {note}", file=sys.stderr)
         if args.stream:
@@ -274,7 +287,18 @@ def _options(args: argparse.Namespace) -> GenerateOptions:
 
     return GenerateOptions(
         max_new_tokens=args.max_new_tokens,
-        sampling=Sampling(args.temperature, args.top_k, args.top_p, args.seed),
+        sampling=Sampling(
+            args.temperature,
+            args.top_k,
+            args.top_p,
+            args.seed,
+            args.min_p,
+            repetition_penalty=args.repetition_penalty,
+            no_repeat_ngram_size=args.no_repeat_ngram_size,
+            suppress_tokens=args.suppress_tokens,
+            min_new_tokens=args.min_new_tokens,
+        ),
+        defaults=not args.no_defaults,
         stop=tuple(args.stop),
         batch_size=args.batch_size,
         kv_budget=args.kv_budget,
@@ -290,6 +314,18 @@ def _status(model: Model) -> str:
     graph = model.graph
     verified = verification_of(model.manifest, graph.name)
     return f"graph {graph.name} ({graph.mode}, {graph.emit}) on {model.session.provider}; {verified}"
+
+
+def _defaults_notes(model: Model, options: GenerateOptions) -> Iterator[str]:
+    """Which of the base's generation settings hold, and which cannot."""
+    from runtime.defaults import said
+    from runtime.prompts import defaults_of
+
+    defaults = defaults_of(model, options)
+    if text := said(defaults):
+        yield f"defaults of the base's generation config, where no option says otherwise (--no-defaults): {text}"
+    if defaults.not_applied:
+        yield f"note: not applied of the base's generation config: {', '.join(sorted(defaults.not_applied))}"
 
 
 def _named(text: str) -> tuple[str, Path]:

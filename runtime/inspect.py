@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from runtime.bundle import Bundle
+from runtime.defaults import said
 from runtime.engines import PlanInfo, engine_folders, open_engines
 from runtime.errors import UserError
 from runtime.manifest import (
     AdapterKind,
     ExpertInfo,
     GateInfo,
+    GenerationDefaults,
     GraphInfo,
     HotInfo,
     Manifest,
@@ -34,6 +36,7 @@ def render(bundle: Bundle) -> str:
     sections = [
         [f"{manifest.name}  (bundle {bundle.digest[:12]}, format {manifest.format_version})", f"  {bundle.root}"],
         _table("base", _base(manifest)),
+        *([_table("generation config of the base", _generation(manifest.generation))] if manifest.generation else []),
         ["experts: column -> name -> folder", *_experts(manifest)] if manifest.experts else ["experts: none"],
         _table("sites", _sites(manifest)),
         *([_table("adapters as inputs", _hot(manifest.hot))] if manifest.hot else []),
@@ -94,6 +97,12 @@ def _base(manifest: Manifest) -> Iterator[tuple[str, str]]:
     if encoder is not None and encoder.labels:
         shown = ", ".join(encoder.labels[:8]) + (", …" if len(encoder.labels) > 8 else "")
         yield "labels", f"{len(encoder.labels)}: {shown}; scores: {encoder.scores}"
+
+
+def _generation(defaults: GenerationDefaults) -> Iterator[tuple[str, str]]:
+    yield "applied", said(defaults) or "nothing"
+    if defaults.not_applied:
+        yield "NOT APPLIED", ", ".join(f"{name} {value}"[:80] for name, value in sorted(defaults.not_applied.items()))
 
 
 def _experts(manifest: Manifest) -> list[str]:

@@ -342,6 +342,41 @@ class EncoderInfo(Strict):
     scores: Scores | None = None  # text-classification
 
 
+TokenIds = tuple[int, ...]
+
+
+class GenerationDefaults(Strict):
+    """What the base's own generation config says where it changes tokens; None or empty: not set.
+
+    Names and meanings are those of transformers' GenerationConfig. docs/decoding.md says how each is applied.
+    """
+
+    do_sample: bool = False
+    temperature: Annotated[float, Field(gt=0)] | None = None  # of do_sample only
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    typical_p: Annotated[float, Field(gt=0, lt=1)] | None = None
+    epsilon_cutoff: Annotated[float, Field(gt=0, lt=1)] | None = None
+    eta_cutoff: Annotated[float, Field(gt=0, lt=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    no_repeat_ngram_size: Annotated[int, Field(ge=1)] | None = None
+    sequence_bias: tuple[tuple[TokenIds, float], ...] = ()
+    bad_words_ids: tuple[TokenIds, ...] = ()
+    suppress_tokens: TokenIds = ()
+    begin_suppress_tokens: TokenIds = ()
+    forced_bos_token_id: int | None = None
+    forced_eos_token_ids: TokenIds = ()
+    min_length: Annotated[int, Field(ge=0)] | None = None  # prompt and new tokens
+    min_new_tokens: Annotated[int, Field(ge=0)] | None = None  # where it is set, min_length does not count
+    max_length: Annotated[int, Field(ge=1)] | None = None  # prompt and new tokens
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None  # where it is set, max_length does not count
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    remove_invalid_values: bool = False
+    stop_strings: tuple[str, ...] = ()
+    not_applied: dict[str, str] = Field(default_factory=dict)  # what the runtime cannot do: field -> value as JSON
+
+
 class Manifest(Listing):
     """Everything a bundle says of itself. Deterministic: no times, no machine paths."""
 
@@ -349,6 +384,7 @@ class Manifest(Listing):
     task: Task = Task.TEXT_GENERATION
     encoder: EncoderInfo | None = None  # of every other task
     base: BaseModelInfo
+    generation: GenerationDefaults | None = None  # None: the base's config sets nothing, or an old build
     experts: tuple[ExpertInfo, ...]
     sites: tuple[SiteInfo, ...]
     gate: GateInfo | None

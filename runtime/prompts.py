@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from runtime.adapter_folder.problems import gathering
 from runtime.adapter_pool import Generation
 from runtime.asked import plain, settle, settled
 from runtime.decode import Decode, DecodeMode, decode_from_text
+from runtime.defaults import NONE, most_new_tokens, rules_of, with_defaults
 from runtime.errors import InputError, raise_all
 from runtime.ladder import is_gated
+from runtime.manifest import GenerationDefaults
 from runtime.mix_file import mix_of
 from runtime.model import Model
 from runtime.request import Limits, Request
@@ -41,9 +43,9 @@ class Routed:
 
 @dataclass(frozen=True, slots=True)
 class GenerateOptions:
-    """How to generate; the defaults are greedy decoding under the bundle's gate."""
+    """How to generate: under the bundle's gate, as the base's generation config says, greedily where it is silent."""
 
-    max_new_tokens: int | None = None  # None: 128, or as many as the model's positions allow
+    max_new_tokens: int | None = None  # None: the base's, else 128, or as many as the model's positions allow
     sampling: Sampling = field(default_factory=Sampling)
     variant: str | None = None  # a variant of the bundle, by name
     mix: Mix | None = None  # or fixed scalings by expert name, {} for the base model; neither: the graph's gate
@@ -53,6 +55,7 @@ class GenerateOptions:
     kv_budget: int | None = None  # bytes of K/V; prompts beyond it wait
     decode: str | Decode = DecodeMode.AUTO.value  # one of docs/decoding.md; of rows under the gate
     measure_frozen: bool = False  # how far frozen (or folded) scalings are from exact, once a batch has ended
+    defaults: bool = True  # the base's generation config holds where nothing else is said; False: none of it
 
     def __post_init__(self) -> None:
         stop: object = self.stop
@@ -101,6 +104,11 @@ def requests_of(
     asked = [each if isinstance(each, Routed) else Routed(each) for each in prompts]
     own = [each.variant is not None or each.mix is not None for each in asked]
     loaded = generation.columns if generation else None
+    sampling, defaults = with_defaults(options.sampling, defaults_of(model, options)), defaults_of(model, options)
+    options = replace(options, sampling=sampling)
+    unknown = [token for token in sampling.suppress_tokens or () if not 0 <= token < model.vocab_size]
+    if unknown:
+        raise InputError("suppress_tokens", got=str(unknown[:8]), need=f"0..{model.vocab_size - 1}", code="E_SAMPLING")
     requests: list[Request] = []
     ways: list[Way] = []
     default: Way | None = None
@@ -121,7 +129,7 @@ def requests_of(
         with gathering(found):
             ids = _ids(model, each.prompt)
             if way is not None:  # else its limits are not known
-                requests.append(_request(model, number, ids, way, options))
+                requests.append(_request(model, number, ids, way, options, defaults))
                 ways.append(way)
         problems += [in_prompt(number, problem) for problem in found]
     if options.kv_budget is not None and any(way.session.signature.cache_style is CacheStyle.NONE for way in ways):
@@ -146,14 +154,22 @@ def in_prompt(number: int, error: InputError) -> InputError:
     return InputError(str(error), where=f"prompt {number + 1}", code=error.code)
 
 
-def _request(model: Model, number: int, ids: Sequence[int], way: Way, options: GenerateOptions) -> Request:
+def defaults_of(model: Model, options: GenerateOptions) -> GenerationDefaults:
+    """The base's settings that these options leave in force."""
+    return (model.manifest.generation or NONE) if options.defaults else NONE
+
+
+def _request(
+    model: Model, number: int, ids: Sequence[int], way: Way, options: GenerateOptions, defaults: GenerationDefaults
+) -> Request:
     limits = Limits(
-        _new_tokens(len(ids), way.session.limits, options.max_new_tokens),
+        _new_tokens(len(ids), way.session.limits, options.max_new_tokens, most_new_tokens(defaults, len(ids))),
         model.end_token_ids | frozenset(options.stop_token_ids),
-        options.stop,
+        options.stop or (defaults.stop_strings if model.text else ()),
     )
     stream = TextStream(model.text) if model.text else None
-    return Request(number, ids, limits, Sampler(options.sampling), stream, way.variant)
+    rules = rules_of(options.sampling, defaults, model.end_token_ids)
+    return Request(number, ids, limits, Sampler(options.sampling), stream, way.variant, rules)
 
 
 def _ids(model: Model, prompt: Prompt) -> Sequence[int]:
@@ -177,8 +193,8 @@ def _known_ids(model: Model, prompt: Sequence[int]) -> Sequence[int]:
     return prompt
 
 
-def _new_tokens(prompt: int, limits: StepLimits, wanted: int | None) -> int:
-    """How many tokens may come: the last one is never fed back, so it needs no position."""
+def _new_tokens(prompt: int, limits: StepLimits, wanted: int | None, default: int | None = None) -> int:
+    """How many tokens may come: the last one is never fed back, so it needs no position. `default`: the base's."""
     room = limits.positions - prompt + 1
     if room < 1 or (wanted or 0) > room:
         raise InputError(
@@ -188,4 +204,9 @@ def _new_tokens(prompt: int, limits: StepLimits, wanted: int | None) -> int:
             fix=limits.fix,
             code="E_POSITIONS",
         )
-    return min(room, DEFAULT_NEW_TOKENS) if wanted is None else wanted
+    if wanted is None and default is not None and default < 1:
+        raise InputError(
+            "the prompt is as long as the base's max_length",
+            got=f"{prompt} prompt tokens", need=f"fewer than {prompt + default}", fix="give max_new_tokens",
+        )  # fmt: skip
+    return min(room, default or DEFAULT_NEW_TOKENS) if wanted is None else wanted

@@ -14,6 +14,7 @@ from runtime.decode import Divergence, FoldCosts, StepCount
 from runtime.lookup import looked_up
 from runtime.sampling import Draft, Kept, Sampler
 from runtime.text import StopFinder, TextStream
+from runtime.token_rules import TokenRules
 
 
 class FinishReason(StrEnum):
@@ -81,6 +82,7 @@ class Request:
         sampler: Sampler,
         stream: TextStream | None,
         variant: str | None = None,
+        rules: TokenRules | None = None,
     ) -> None:
         self.number = number
         self.prompt = tuple(prompt)
@@ -94,6 +96,9 @@ class Request:
         self._drafts = self._accepted = 0
         self._limits, self._sampler, self._stream = limits, sampler, stream
         self._stops = StopFinder(limits.stop)
+        self._rules = rules
+        room = 0 if rules is None else limits.max_new_tokens
+        self._written = np.array([*self.prompt, *[0] * room], np.int64)  # prompt, new tokens, drafts: for the rules
 
     @property
     def is_done(self) -> bool:
@@ -114,7 +119,7 @@ class Request:
     @property
     def is_sampled(self) -> bool:
         """Whether its tokens are drawn at random."""
-        return self._sampler.sampling.temperature > 0
+        return not self._sampler.sampling.is_greedy
 
     @property
     def wants_drafts(self) -> int:
@@ -131,14 +136,15 @@ class Request:
 
         Guesses from that place on that were there are forgotten.
         """
-        draft = self._sampler.draft(logits)
-        self._guess([*self._ahead][:place], [draft])
+        before = [*self._ahead][:place]
+        draft = self._sampler.draft(self._ruled(logits, [each.token_id for each in before]))
+        self._guess(before, [draft])
         return draft.token_id
 
     def look_up(self, count: int) -> list[int]:
         """Guess the next tokens by what followed the last ones earlier in the text, at most `count`."""
         found = looked_up([*self.prompt, *(event.token_id for event in self.events)], count)
-        certain = self._sampler.sampling.temperature == 0
+        certain = self._sampler.sampling.is_greedy
         one = np.ones(1)
         self._guess([], [Draft(token, None if certain else Kept(np.array([token]), one)) for token in found])
         return found
@@ -150,15 +156,26 @@ class Request:
     def accept(self, logits: NDArray[np.float32], seconds: float) -> TokenEvent:
         """Choose the next token from logits [V] and settle what it means."""
         draft = self._ahead.popleft() if self._ahead else None
-        token_id = self._sampler.choose(logits, draft)
+        token_id = self._sampler.choose(self._ruled(logits), draft)
         if draft is not None and draft.token_id == token_id:
             self._accepted += 1
         else:
             self._ahead.clear()  # they follow what did not come
+        if self._rules is not None:
+            self._written[len(self.prompt) + len(self.events)] = token_id
         text = self._settle(token_id)
         event = TokenEvent(self.number, token_id, text, self.finish_reason, seconds)
         self.events.append(event)
         return event
+
+    def _ruled(self, logits: NDArray[np.float32], drafts: Sequence[int] = ()) -> NDArray[np.float32]:
+        """Logits [V] after the rules, for the token that follows the text so far and these drafts."""
+        if self._rules is None:
+            return logits
+        came = len(self.prompt) + len(self.events)
+        self._written[came : came + len(drafts)] = drafts
+        text = self._written[: came + len(drafts)]
+        return self._rules.apply(logits, text, len(self.prompt), self._limits.max_new_tokens)
 
     def completion(self) -> Completion:
         """Everything, once it has ended."""

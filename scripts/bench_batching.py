@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--decode", default="exact")
     args = parser.parse_args()
-    how = GenerateOptions(max_new_tokens=NEW, decode=args.decode, batch_size=1)
+    how = GenerateOptions(max_new_tokens=NEW, decode=args.decode, batch_size=1, defaults=False)
     with load(args.bundle, threads=args.threads) as model:
         random = np.random.default_rng(7)
         prompts = random.integers(3, model.vocab_size, (args.requests, PROMPT)).tolist()

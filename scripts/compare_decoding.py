@@ -95,7 +95,7 @@ def compare(model: Model, prompts: Sequence[str], ways: Sequence[str], batch_siz
     """All ways over the same prompts."""
 
     def run(decode: str) -> tuple[list[Completion], int]:
-        options = GenerateOptions(MAX_NEW_TOKENS, batch_size=batch_size, decode=decode)
+        options = GenerateOptions(MAX_NEW_TOKENS, batch_size=batch_size, decode=decode, defaults=False)
         with counted_steps(model) as count:
             return complete(model, prompts, options), count[0]
 

@@ -84,7 +84,8 @@ def side_by_side(bundle: Path, items: list[Item]) -> Table:
     with load(bundle) as model:
         variants = [variant.name for variant in model.manifest.variants]
         prompts = [Routed(item.prompt, variant) for variant in variants for item in firsts]
-        answers = complete(model, prompts, GenerateOptions(max_new_tokens=MAX_NEW_TOKENS, batch_size=len(prompts)))
+        options = GenerateOptions(max_new_tokens=MAX_NEW_TOKENS, batch_size=len(prompts), defaults=False)
+        answers = complete(model, prompts, options)
     view = Table("variant", *(item.prompt for item in firsts), title=f"{len(prompts)} rows, one batch")
     for number, variant in enumerate(variants):
         texts = [answer.text for answer in answers[number * len(firsts) :][: len(firsts)]]
@@ -107,7 +108,7 @@ def run_module(*words: str) -> None:
 
 def score_bundle(name: str, bundle: Path, items: list[Item]) -> Score:
     """Greedy answers of a bundle, scored as PEFT's are."""
-    options = GenerateOptions(max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH)
+    options = GenerateOptions(max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH, defaults=False)
     with load(bundle) as model:
         answers = complete(model, [item.prompt for item in items], options)
     right = [answer.text == item.answer for answer, item in zip(answers, items, strict=True)]

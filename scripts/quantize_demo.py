@@ -85,7 +85,7 @@ def row(
 
 def score(root: Path, items: list[Item]) -> list[bool]:
     """Exact match of every item's greedy answer under the gate."""
-    options = GenerateOptions(max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH)
+    options = GenerateOptions(max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH, defaults=False)
     with load(root, threads=1) as model:
         answers = complete(model, [item.prompt for item in items], options)
     return [answer.text == item.answer for answer, item in zip(answers, items, strict=True)]

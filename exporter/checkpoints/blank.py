@@ -120,6 +120,8 @@ def _loaded(base: BaseDescription, blanks: Mapping[str, torch.Tensor]) -> Any:
             None, config=base.config, state_dict=dict(blanks), dtype=torch.float32, output_loading_info=True,
             **base.options,
         )  # fmt: skip
-        if model.can_generate() and is_file(base.folder / "generation_config.json"):
-            model.generation_config = GenerationConfig.from_pretrained(base.folder, local_files_only=True)
+        if model.can_generate():  # as transformers' `adjust_generation_fn`: old models keep settings in config.json
+            has_own = is_file(base.folder / "generation_config.json")
+            old = {} if has_own else {"config_file_name": "config.json", "_from_model_config": True}
+            model.generation_config = GenerationConfig.from_pretrained(base.folder, local_files_only=True, **old)
     return as_loaded(model, info, base)

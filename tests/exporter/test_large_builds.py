@@ -21,8 +21,8 @@ from exporter import parts
 from exporter.build_bundle import build, estimate_bytes
 from exporter.checkpoints import describe_base, load_base, load_blank
 from exporter.errors import VerifyError
+from exporter.generation_defaults import eos_token_ids
 from exporter.inputs import read_inputs
-from exporter.model_facts import eos_token_ids
 from exporter.shards import kept_shards
 from exporter.spec import BuildSpec, DType, HotSpec
 from exporter.structure import require_structure

@@ -97,8 +97,8 @@ def test_softmax_is_computed_in_float64() -> None:
         ({"temperature": 1.0, "top_p": 0.0}, "top_p; got 0.0; need more than 0, at most 1"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p; got 1.5"),
         ({"temperature": 1.0, "seed": -1}, "seed; got -1"),
-        ({"top_p": 0.9}, "mean nothing at temperature; got 0; need a temperature above 0"),
-        ({"seed": 1}, "mean nothing at temperature"),
+        ({"temperature": 0.0, "top_p": 0.9}, "mean nothing at temperature; got 0; need a temperature above 0"),
+        ({"temperature": 0.0, "seed": 1}, "mean nothing at temperature"),
     ],
 )
 def test_bad_settings_are_refused(fields: dict[str, float], message: str) -> None:

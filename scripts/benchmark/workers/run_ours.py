@@ -29,7 +29,7 @@ class Ours:
 
     def generate(self, prompts: list[Ids], new_tokens: int, clock: Clock) -> list[Ids]:
         """All prompts in one batch."""
-        options = GenerateOptions(max_new_tokens=new_tokens, batch_size=len(prompts), **self._options)
+        options = GenerateOptions(max_new_tokens=new_tokens, batch_size=len(prompts), defaults=False, **self._options)
         requests, events = prepare(self._model, prompts, options)
         for event in events:
             clock.tick(event.prompt)
