@@ -17,7 +17,7 @@ from exporter.prompts import SEED, TEXTS, random_prompts
 from exporter.reference import ReferenceResult
 from exporter.structure import require_structure
 from exporter.verification import Verification
-from exporter.verify import BATCH, EXTENTS, FLIP_MARGIN, Scenario, gate_difference, require_passed
+from exporter.verify import BATCH, EXTENTS, FLIP_MARGIN, LOOK_AGAIN, Scenario, gate_difference, require_passed
 from runtime.encode_golden import NOISE_FACTOR, EncodedCase, encoded_case
 from runtime.encoder_passes import EncodedRow, encode_batch
 from runtime.encoder_session import EncodedText, EncoderSession
@@ -72,7 +72,8 @@ class EncoderMeasures:
             self.gated += 1
             off = float(gate_difference(torch.from_numpy(found.gate), expected.gate).max())
         noise = 0.0
-        if not (apart <= OUTPUT_LIMIT and off <= GATE_LIMIT) and job.scenario.precise is not None:
+        is_near = not (apart <= LOOK_AGAIN * OUTPUT_LIMIT and off <= LOOK_AGAIN * GATE_LIMIT)
+        if is_near and job.scenario.precise is not None:
             noise = NOISE_FACTOR * noise_of(expected, job.scenario.precise(job.text))
         self.output.see(apart, where, max(OUTPUT_LIMIT, noise))
         self.gate.see(off, where, max(GATE_LIMIT, noise))

@@ -333,7 +333,9 @@ class Verification:
             noise = noise_between(scenario.reference(fed), scenario.precise(fed))
         least = self._limits()
         if least is not STAGE_A:
-            noise = replace(noise, logits=max(noise.logits, least.logits / 10), gate=max(noise.gate, least.gate / 10))
+            noise = replace(
+                noise, logits=max(noise.logits, least.logits.floor / 10), gate=max(noise.gate, least.gate.floor / 10)
+            )
         ties = router_ties(scenario.reference(fed)) if scenario.is_routed else ()
         limits = GoldenLimits.of(self.spec.dtype, noise.logits, noise.gate)
         return case_from_replay(graph.name, scenario.row, run, limits, ties=ties, **how)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -21,11 +22,8 @@ from runtime.stacks import Stack
 
 Floats = NDArray[np.float32]
 
-# Stage A limits, fp32. A right export lies far below each, unless the model itself is that noisy in fp32: then the
-# limit on a prompt is NOISE_FACTOR times torch's own fp32 error there (docs/verification.md).
-LOGITS_LIMIT = 1e-3  # |d| / (1 + |ref|)
-GATE_LIMIT = 1e-5  # |d| / max(1, |ref|): without softmax scalings have any size
-KLD_LIMIT = 1e-7  # mean over positions, nats, f64
+LOGITS_LIMIT = 1e-3  # |d| / (1 + |ref|); what adapters must change at least
+LOOK_AGAIN = 0.2  # of a limit: a prompt beyond it is computed once more with fp64 products
 FLIP_MARGIN = 1e-3  # an argmax may flip only where the reference's top two lie closer than this
 TIED_SHARE = 0.5  # of the positions under a router inside the sites may come after a tie of it
 TIE_MARGIN = 1e-4  # greedy tokens may differ only at ties closer than this
@@ -33,20 +31,45 @@ BATCH = 4  # prompts of different lengths share a batch, as users' will
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What a right graph stays within."""
+class Bound:
+    """How the limit of one measure follows from the noise n of torch's own fp32: factor * n, between floor and cap.
 
-    logits: float = LOGITS_LIMIT
-    gate: float = GATE_LIMIT
-    kld: float = KLD_LIMIT
+    `fixed` holds where no noise was measured: models too large for products in fp64.
+    """
+
+    floor: float
+    fixed: float
+    cap: float
+    factor: float
+
+    def limit(self, noise: float | None) -> float:
+        """The limit that this noise gives."""
+        return self.fixed if noise is None else min(max(self.floor, self.factor * noise), self.cap)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a right graph stays within (docs/verification.md says how the figures were found)."""
+
+    logits: Bound = Bound(floor=1e-5, fixed=1e-3, cap=5e-2, factor=10.0)  # |d| / (1 + |ref|)
+    gate: Bound = Bound(floor=2e-6, fixed=1e-5, cap=1e-2, factor=10.0)  # |d| / max(1, |ref|): scalings have any size
+    kld: Bound = Bound(floor=1e-10, fixed=1e-7, cap=1e-7, factor=100.0)  # mean over positions, nats, f64
     flip_margin: float = FLIP_MARGIN
     tie_margin: float = TIE_MARGIN
+    is_rounded: bool = False  # activations are: every prompt's noise counts, and the mean of it
 
 
 STAGE_A = Limits()
 # Where activations are rounded to int8, the last bit of a sum decides now and then which way, and that moves logits by
 # some 1e-2: what stays small is the mean KL divergence, as in stage B, or three times what torch's own fp32 has.
-ROUNDED_ACTIVATIONS = Limits(logits=5e-2, gate=5e-2, kld=1e-5, flip_margin=0.1, tie_margin=0.1)
+ROUNDED_ACTIVATIONS = Limits(
+    logits=Bound(5e-2, 5e-2, math.inf, 10.0),
+    gate=Bound(5e-2, 5e-2, math.inf, 10.0),
+    kld=Bound(1e-5, 1e-5, math.inf, 3.0),
+    flip_margin=0.1,
+    tie_margin=0.1,
+    is_rounded=True,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +112,8 @@ class Measures:
     gate: Worst = field(init=False)
     kld: Worst = field(init=False)  # worst single position, for its place
     kld_sum: float = 0.0
-    kld_noise: float = 0.0  # the same of fp32 torch against fp64 products, where activations are rounded
+    kld_noise: float = 0.0  # fp32 torch against fp64 products: the sum over positions where activations are rounded
+    kld_known: float | None = None  # the same, the largest mean of a prompt
     positions: int = 0
     flips: Worst = field(default_factory=lambda: Worst(0.0))
     tokens: Worst = field(default_factory=lambda: Worst(0.0))
@@ -101,10 +125,40 @@ class Measures:
     tied: int = 0  # of these, such that came after a tie of the router, and were not compared
     prompts: int = 0
     loss: Loss = field(default_factory=lambda: Loss())
+    scenario: str = ""  # whose prompts are being compared
+    noise: Noise | None = None  # of that scenario, the largest over the prompts looked at
+    pending: list[tuple[str, float, str]] = field(default_factory=list)  # its measure, value, place
+    looked: int = 0  # prompts computed with fp64 products
 
     def __post_init__(self) -> None:
-        self.logits, self.gate = Worst(self.limits.logits), Worst(self.limits.gate)
-        self.kld = Worst(self.limits.kld)
+        self.logits, self.gate = Worst(self.limits.logits.fixed), Worst(self.limits.gate.fixed)
+        self.kld = Worst(self.limits.kld.fixed)
+
+    def begin(self, scenario: str) -> None:
+        """Settle the scenario before, unless this is still it: each has a noise of its own."""
+        if scenario != self.scenario:
+            self.settle()
+            self.scenario, self.noise = scenario, None
+
+    def settle(self) -> None:
+        """Judge what was seen of a scenario by the noise of the whole of it."""
+        for name, value, where in self.pending:
+            noise = None if self.noise is None else getattr(self.noise, name)
+            getattr(self, name).see(value, where, getattr(self.limits, name).limit(noise), noise)
+        self.pending.clear()
+
+    def learn(self, noise: Noise, compared: int) -> None:
+        """One prompt's noise."""
+        self.looked += 1
+        self.noise = noise if self.noise is None else self.noise.with_largest_of(noise)
+        self.kld_noise += noise.kld * compared
+        self.kld_known = max(self.kld_known or 0.0, noise.kld)
+
+    def kld_mean(self) -> Worst:
+        """The mean divergence over all positions, and its limit."""
+        positions = max(self.positions, 1)
+        noise = self.kld_noise / positions if self.limits.is_rounded else self.kld_known
+        return Worst(self.limits.kld.limit(noise), self.kld_sum / positions, self.kld.where, noise)
 
 
 @dataclass(slots=True)
@@ -139,6 +193,8 @@ def verify_forms(
         known = replace(scenario, reference=_once(scenario.reference), base=_once(scenario.base))
         if known.original is not None:
             known = replace(known, original=_once(known.original))
+        if known.precise is not None:
+            known = replace(known, precise=_once(known.precise))
         for batch in _batches(prompts if i == 0 else prompts[:BATCH], sessions[0]):
             for session, measures in zip(sessions, found, strict=True):
                 for run in _runs(session, batch, extent.new_tokens, known):
@@ -167,10 +223,12 @@ def _once(reference: Callable[[Sequence[int]], ReferenceResult]) -> Callable[[Se
 
 def worse_of(measures: Measures, other: Measures, form: str) -> None:
     """Put the worse of each measure of a graph and of another form of it into the graph's; its counts stay."""
+    for each in (measures, other):
+        each.settle()
     for name in ("logits", "gate", "kld", "flips", "tokens"):
         seen = getattr(other, name)
         if seen.value:
-            getattr(measures, name).see(seen.value, f"{seen.where}, {form}", seen.limit)
+            getattr(measures, name).see(seen.value, f"{seen.where}, {form}", seen.limit, seen.noise)
     for name in ("kld_sum", "kld_noise"):
         mean = max(getattr(each, name) / max(each.positions, 1) for each in (measures, other))
         setattr(measures, name, mean * measures.positions)
@@ -186,15 +244,19 @@ def _batches(prompts: Sequence[Sequence[int]], session: Session) -> Iterator[Seq
 
 def compare(run: Replay, scenario: Scenario, measures: Measures) -> None:
     """Add one prompt's differences to the measures."""
+    measures.begin(scenario.name)
     fed = run.tokens[:-1]
     expected = scenario.reference(fed)
     compared = before_tie(torch.from_numpy(run.logits), expected)
-    found = differences(run, scenario, expected, Noise(), measures.limits).until(compared, run.prompt)
-    is_rounded = measures.limits is not STAGE_A
-    if (found.is_over() or is_rounded) and scenario.precise is not None:
-        noise = noise_between(expected, scenario.precise(fed))
-        measures.kld_noise += noise.kld * compared if is_rounded else 0.0
-        found = differences(run, scenario, expected, noise, measures.limits).until(compared, run.prompt)
+    found = differences(run, scenario, expected, measures).until(compared, run.prompt)
+    is_due = measures.noise is None or measures.limits.is_rounded or found.is_over(LOOK_AGAIN)
+    if is_due and scenario.precise is not None:
+        precise = scenario.precise(fed)
+        measures.learn(noise_between(expected, precise), compared)
+        found = _nearer(
+            differences(run, scenario, expected, measures).until(compared, run.prompt),
+            differences(run, scenario, precise, measures).until(compared, run.prompt),
+        )
     if compared:
         found.add_to(measures, f"{scenario.name}, prompt {measures.prompts}", run.prompt)
     measures.positions += compared
@@ -221,9 +283,16 @@ class Noise:
     gate: float = 0.0
     kld: float = 0.0  # mean over positions
 
+    def with_largest_of(self, other: Noise) -> Noise:
+        """The larger of each."""
+        return Noise(
+            max(self.logits, other.logits),
+            max(self.margin, other.margin),
+            max(self.gate, other.gate),
+            max(self.kld, other.kld),
+        )
 
-NOISE_FACTOR = 10.0  # one computation's largest error tells that of another to this factor (docs/verification.md)
-KLD_FACTOR = 3.0  # that of stage B
+
 MARGIN_FACTOR = 6.0  # twice three: both of the top two logits may move
 
 
@@ -252,11 +321,19 @@ class Differences:
     wrong: torch.Tensor
     logits_limit: float
     gate_limit: float
+    kld_limit: float
 
-    def is_over(self) -> bool:
-        """Whether anything is beyond its limit."""
-        gate = self.gate is not None and not bool((self.gate <= self.gate_limit).all())
-        return gate or not bool((self.logits <= self.logits_limit).all()) or bool(self.flips.any() or self.wrong.any())
+    def is_over(self, share: float = 1.0) -> bool:
+        """Whether anything is beyond this share of its limit."""
+        return not self.share() <= share
+
+    def share(self) -> float:
+        """The largest share of a limit that is used; infinite where a clear token or argmax differs."""
+        if self.flips.any() or self.wrong.any() or not len(self.logits):
+            return math.inf if len(self.logits) else 0.0
+        shares = [float(self.logits.max()) / self.logits_limit, float(self.kld.mean()) / self.kld_limit]
+        shares += [] if self.gate is None else [float(self.gate.max()) / self.gate_limit]
+        return math.inf if any(math.isnan(each) for each in shares) else max(shares)
 
     def until(self, count: int, prompt: int) -> Differences:
         """Those of the first `count` positions; a new token comes from the position before it."""
@@ -271,24 +348,31 @@ class Differences:
 
     def add_to(self, measures: Measures, label: str, prompt: int) -> None:
         """Keep what is worse than what was seen before."""
-        _see(measures.logits, self.logits, label, prompt, self.logits_limit)
-        _see(measures.kld, self.kld, label, prompt, measures.limits.kld)
+        _see(measures, "logits", self.logits, label, prompt)
+        _see(measures, "kld", self.kld, label, prompt)
         if self.flips.any():
             where = _where(label, int(self.flips.int().argmax()), prompt)
             measures.flips.see(measures.flips.value + int(self.flips.sum()), where, 0.0)
         measures.kld_sum += float(torch.nan_to_num(self.kld, nan=float("inf")).sum())
         if self.gate is not None:
             measures.gated += 1
-            _see(measures.gate, self.gate, label, prompt, self.gate_limit)
+            _see(measures, "gate", self.gate, label, prompt)
         if self.wrong.any():
             where = f"{label}, new token {int(self.wrong.int().argmax())}"
             measures.tokens.see(measures.tokens.value + int(self.wrong.sum()), where, 0.0)
 
 
-def differences(
-    run: Replay, scenario: Scenario, expected: ReferenceResult, noise: Noise, limits: Limits = STAGE_A
-) -> Differences:
-    """What the graph gave against what the reference says, under the limits this noise allows."""
+def _nearer(single: Differences, precise: Differences) -> Differences:
+    """Of the comparisons with torch's fp32 and with fp64 products the better: a graph that agrees with one is right.
+
+    Where a top-k, a router or a rounding lies at a tie, the two are far apart, and either is the model.
+    """
+    return min((precise, single), key=Differences.share)
+
+
+def differences(run: Replay, scenario: Scenario, expected: ReferenceResult, measures: Measures) -> Differences:
+    """What the graph gave against what the reference says, under the limits that the noise known so far allows."""
+    limits, noise = measures.limits, measures.noise
     reference = expected.logits.double()  # [T, V]
     got = torch.from_numpy(run.logits).double()
     top = reference.topk(2, dim=-1)
@@ -299,15 +383,16 @@ def differences(
     gate = None
     if run.gate is not None and expected.gate is not None:
         gate = gate_difference(torch.from_numpy(run.gate), expected.gate)
-    least = MARGIN_FACTOR * noise.margin
+    least = 0.0 if noise is None else MARGIN_FACTOR * noise.margin
     return Differences(
         logits=((got - reference).abs() / (1 + reference.abs())).amax(-1),
         kld=_kld(reference, got),
         gate=gate,
         flips=(got.argmax(-1) != top.indices[:, 0]) & (margin > max(limits.flip_margin, least)),
         wrong=(greedy != next_top.indices[:, 0]) & (next_margin > max(limits.tie_margin, least)),
-        logits_limit=max(limits.logits, NOISE_FACTOR * noise.logits),
-        gate_limit=max(limits.gate, NOISE_FACTOR * noise.gate),
+        logits_limit=limits.logits.limit(None if noise is None else noise.logits),
+        gate_limit=limits.gate.limit(None if noise is None else noise.gate),
+        kld_limit=limits.kld.limit(None if noise is None else noise.kld),
     )
 
 
@@ -333,10 +418,10 @@ def _kld(reference: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
     return (expected.exp() * (expected - torch.log_softmax(got, -1))).sum(-1)
 
 
-def _see(worst: Worst, values: torch.Tensor, label: str, prompt: int, limit: float) -> None:
+def _see(measures: Measures, name: str, values: torch.Tensor, label: str, prompt: int) -> None:
     values = torch.nan_to_num(values.double(), nan=float("inf"))
     place = int(values.argmax())
-    worst.see(float(values[place]), _where(label, place, prompt), limit)
+    measures.pending.append((name, float(values[place]), _where(label, place, prompt)))
 
 
 def _where(label: str, place: int, prompt: int) -> str:
@@ -345,12 +430,11 @@ def _where(label: str, place: int, prompt: int) -> str:
 
 def report_from_measures(measures: Measures, graph: str, level: VerifyLevel, stage: str, stage_b: str) -> VerifyReport:
     """The manifest's record; each check compares one value with its limit."""
-    positions = max(measures.positions, 1)
-    mean, limit = measures.kld_sum / positions, max(measures.limits.kld, KLD_FACTOR * measures.kld_noise / positions)
+    measures.settle()
     rows = [
         ("logits", measures.logits),
         *([("gate", measures.gate)] if measures.gated else []),
-        ("kld_mean", Worst(limit, mean, measures.kld.where)),
+        ("kld_mean", measures.kld_mean()),
         ("argmax_flips", measures.flips),
         ("greedy_tokens", measures.tokens),
         *([("router_ties", Worst(TIED_SHARE, measures.tied / measures.routed))] if measures.routed else []),
@@ -382,4 +466,5 @@ def require_passed(report: VerifyReport) -> None:
 
 
 def _shown(check: Check) -> str:
-    return f"{check.name} {check.value:.3g} > {check.limit:g} ({check.where})"
+    noise = "" if check.noise is None else f", the model's own noise {check.noise:.2g}"
+    return f"{check.name} {check.value:.3g} > {check.limit:.3g} ({check.where}{noise})"

@@ -273,6 +273,12 @@ class Check(Strict):
     limit: float
     passed: bool
     where: str = ""  # the worst prompt and position
+    noise: float | None = None  # how far torch's own fp32 lies from fp64 products: what the limit was taken from
+
+    @property
+    def share(self) -> float | None:
+        """How much of its limit is used; None where the limit is zero."""
+        return self.value / self.limit if self.limit else None
 
 
 class QuantizationLoss(Strict):

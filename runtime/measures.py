@@ -21,17 +21,20 @@ class Worst:
     limit: float
     value: float = 0.0
     where: str = ""
+    noise: float | None = None  # from which the limit was taken
 
-    def see(self, value: float, where: str, limit: float) -> None:
-        """Keep the worse; NaN counts as infinite. Only noise raises a limit."""
+    def see(self, value: float, where: str, limit: float, noise: float | None = None) -> None:
+        """Keep the worse; NaN counts as infinite. Only noise moves a limit."""
         value = float("inf") if np.isnan(value) else float(value)
-        if value * self.limit > self.value * limit or (limit == 0 and value > self.value):
-            self.value, self.where, self.limit = value, where, limit
+        is_first = not self.where
+        if is_first or value * self.limit > self.value * limit or (limit == 0 and value > self.value):
+            self.value, self.where, self.limit, self.noise = value, where, limit, noise
 
     def check(self, name: str) -> Check:
         """The measure as reports keep it."""
         value = float(min(self.value, np.finfo(np.float64).max))  # JSON has no infinity
-        return Check(name=name, value=value, limit=self.limit, passed=self.value <= self.limit, where=self.where)
+        passed = self.value <= self.limit
+        return Check(name=name, value=value, limit=self.limit, passed=passed, where=self.where, noise=self.noise)
 
 
 def logsumexp(logits: Numbers) -> Wide:

@@ -8,7 +8,11 @@ from runtime.manifest import Check, QuantizationLoss
 def check_line(check: Check) -> str:
     """One measure, its limit and the verdict."""
     verdict = "ok" if check.passed else "FAILED"
-    return f"  {check.name:<16} {check.value:>10.3g}  limit {check.limit:<8g} {verdict}  {check.where}".rstrip()
+    share = "" if check.share is None else f"{check.share:.0%}" if check.share < 10 else f"{check.share:.0f} x"
+    noise = "" if check.noise is None else f"noise {check.noise:.2g}  "
+    return (
+        f"  {check.name:<16} {check.value:>10.3g}  limit {check.limit:<8.3g} {share:>5} {verdict}  {noise}{check.where}"
+    ).rstrip()
 
 
 def loss_line(loss: QuantizationLoss) -> str:

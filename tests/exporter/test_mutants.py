@@ -166,7 +166,7 @@ def test_mutant_is_caught(mutant: str, subject: Subject, tmp_path: Path) -> None
     caught = failed(report)
     assert measures | {"kld_mean"} <= caught.keys(), shown(report.checks)
     assert all(caught[name].value > 10 * caught[name].limit for name in measures | {"kld_mean"}), shown(report.checks)
-    with pytest.raises(VerifyError, match=r"graph dynamic: the exported graph is not the model: logits .* > 0\.001"):
+    with pytest.raises(VerifyError, match=r"graph dynamic: the exported graph is not the model: logits .* > "):
         require_passed(report)
 
 
