@@ -6,7 +6,7 @@ See docs/kv.md for how K/V travel and why.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,12 +37,31 @@ class CacheState:
         self._places = {block: place for place, block in enumerate(blocks)}
         self.lengths = lengths  # [B]; None: no cache
         self.present: list[torch.Tensor] = []
+        self._cached: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by block: what its attention has to read
         self.windows: set[int | None] = set()  # the sliding windows that blocks have asked for; None: full attention
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, block: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Called by the model with the new K/V [B, Hkv, S, D]; its attention sees the past ones, too."""
         self.present += [key, value]
+        self._cached[block] = key, value
         return key, value
+
+    def take(self, block: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Note that a block's attention reads these K/V; raises ExportError for others than it has just cached.
+
+        The past ones come from the cache. An attention that turns them first, or reads them twice, is another one.
+        """
+        cached = self._cached.pop(block, None)
+        if cached is None or cached[0] is not key or cached[1] is not value:
+            again, turned = "calls its attention more than once", "changes keys and values after caching them"
+            raise ExportError(
+                f"this model {again if cached is None else turned}, which a cache of them cannot serve",
+                where=f"block {block}",
+                need="one attention a block over the keys and values it caches",
+                fix="families proved to work are listed in the README", code="E_UNSUPPORTED",
+            )  # fmt: skip
 
     def of_block(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A block's past keys and values."""
@@ -65,9 +84,14 @@ def cached_attention(
     cache_state: CacheState,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function of every traced model; returns [B, S, H, D]."""
+    """The attention function of every traced model; returns [B, S, H, D].
+
+    Raises ExportError for an argument that it does not know: it would change the numbers without a word.
+    """
+    require_known(others)
+    cache_state.take(int(module.layer_idx), key, value)  # type: ignore[arg-type]
     cache_state.windows.add(sliding_window)
     past: tuple[torch.Tensor, ...] = ()
     if cache_state.lengths is not None:
@@ -85,6 +109,37 @@ def cached_attention(
         version=1,
     )
     return out, None
+
+
+# Of what models and callers pass along, these change nothing where they are as here; None is always so.
+HARMLESS = {
+    "dropout": (0.0,),
+    "is_causal": (True,),
+    "output_attentions": (False,),
+    "output_hidden_states": (True, False),
+    "output_router_logits": (False,),
+    "use_cache": (True, False),
+    "return_dict": (True, False),
+    "deterministic": (True, False),
+}
+NEVER_READ = frozenset({"position_ids", "cache_position"})  # for packed texts of the flash kernels
+
+
+def require_known(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of an attention that are not None and that this one does not compute with."""
+    strange = [
+        name
+        for name, value in arguments.items()
+        if value is not None and name not in NEVER_READ and not (name in HARMLESS and value in HARMLESS[name])
+    ]
+    if strange:
+        raise ExportError(
+            f"its attention takes {', '.join(sorted(strange))}, which the exported attention does not have",
+            where="base",
+            need="scaling, sliding_window and softcap at most",
+            fix="families proved to work are listed in the README",
+            code="E_UNSUPPORTED",
+        )
 
 
 def require_window(config: Any, state: CacheState) -> None:

@@ -87,6 +87,22 @@ def find_blocks(model: PreTrainedModel, names: Mapping[str, str], known_of: Call
     return Blocks(model, path, named, tuple(first)) if len(kinds) < len(first) else None
 
 
+def block_kinds(model: PreTrainedModel) -> tuple[str, list[Hashable]]:
+    """The path of a model's list of blocks, and what tells each block's kind; works on the meta device.
+
+    No path and no kinds where its blocks are not one list.
+    """
+    config = model.config.get_text_config()
+    count, types = config.num_hidden_layers, getattr(config, "layer_types", None)
+    lists = [
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if not lists:
+        return "", list(range(count))
+    path = min(lists, key=lambda name: (name.count("."), name))
+    return path, [(types[i] if types else None, _shape(block)[:2]) for i, block in enumerate(_list(model, path))]
+
+
 @contextmanager
 def only_traced(blocks: Blocks) -> Iterator[None]:
     """Leave one block of each kind in the model, its hidden state marked where it enters and leaves."""
@@ -147,7 +163,7 @@ def _named(names: Mapping[str, str], path: str) -> str | None:
     return None
 
 
-def _shape(block: nn.Module) -> Hashable:
+def _shape(block: nn.Module) -> tuple[Hashable, Hashable, Hashable]:
     modules = tuple(
         (
             name,
@@ -160,7 +176,8 @@ def _shape(block: nn.Module) -> Hashable:
         (name, tuple(parameter.shape), parameter.dtype)
         for name, parameter in block.named_parameters(remove_duplicate=False)
     )
-    buffers = tuple((name, repr(buffer.tolist())) for name, buffer in block.named_buffers())
+    known = ((name, buffer) for name, buffer in block.named_buffers() if not buffer.is_meta)
+    buffers = tuple((name, repr(buffer.tolist())) for name, buffer in known)
     return modules, parameters, buffers
 
 

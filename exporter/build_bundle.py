@@ -29,6 +29,7 @@ from exporter.saved_adapter import save_adapter
 from exporter.spec import BuildSpec, DType
 from exporter.staged_folder import staged_folder
 from exporter.tokenizer import load_tokenizer, write_tokenizer
+from exporter.twin import prove_by_twin
 from exporter.variants import static_variants
 from exporter.verify import LOGITS_LIMIT
 from exporter.watch import PeakMemory, StageClock
@@ -60,6 +61,10 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
             estimate = estimate_bytes(spec, inputs)
             staged = stages.enter_context(stage(out, overwrite=spec.overwrite, estimate_bytes=estimate))
             root = staged.folder
+            twins = {}
+            if is_structure_only(spec):
+                with clock.stage("prove on a small twin"):
+                    twins = prove_by_twin(inputs, spec)
             tokenizer = write_tokenizer(inputs.base, root)
             with clock.stage("load base"):
                 blank = load_blank(inputs.base, torch_dtype(spec)) if is_structure_only(spec) else None
@@ -82,6 +87,7 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
             check_operators(proofs, spec, clock)
             with clock.stage("verify"):
                 reports, golden = verify_graphs(parts, spec, proofs, proof_root, root, clock)
+            reports = [report.model_copy(update={"twin": twins.get(report.graph)}) for report in reports]
             for note in idle_adapter_notes(reports, proofs):
                 clock.notes(note)
             if adapter is not None and spec.save_adapter is not None:

@@ -67,11 +67,12 @@ def verification_of(manifest: Manifest, graph: str) -> str:
     if report is None:
         return f"{_NOT_VERIFIED} (no report)"
     if report.level is VerifyLevel.STRUCTURE or not report.checks:
-        return f"{_NOT_VERIFIED} (level {report.level}: no numbers were compared)"
+        of_it = "no numbers of this model were compared"
+        return f"{_NOT_VERIFIED} (level {report.level}: {of_it}; proved: {report.proof})"
     failed = [check.name for check in report.checks if not check.passed]
     if failed:
         return f"{_NOT_VERIFIED} (level {report.level}: failed {', '.join(failed)})"
-    return f"verified, level {report.level}, stage {report.stage}; stage B: {report.stage_b}"
+    return f"verified, level {report.level} ({report.proof}), stage {report.stage}; stage B: {report.stage_b}"
 
 
 def printable(line: str) -> str:

@@ -309,6 +309,14 @@ class VerifyReport(Strict):
     adapters_matter: float  # max |adapted - base| of the reference logits
     checks: tuple[Check, ...]
     loss: QuantizationLoss | None = None  # of a quantised graph: stage C2
+    twin: VerifyReport | None = None  # level structure: what a small random model of the same kind was held to
+
+    @property
+    def proof(self) -> str:
+        """What the level proves, in words."""
+        if self.level is not VerifyLevel.STRUCTURE:
+            return "numbers of this model"
+        return "shapes and bytes of this model" + ("" if self.twin is None else ", numbers of its small twin")
 
 
 class HotSite(Strict):

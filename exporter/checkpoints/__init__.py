@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from exporter.checkpoints.adapter_set import read_adapters
-from exporter.checkpoints.base import BaseDescription, ModuleInfo, ModuleKind, describe_base
+from exporter.checkpoints.base import BaseDescription, ModuleInfo, ModuleKind, describe_base, meta_model
 from exporter.checkpoints.base_folder import base_reference
 from exporter.checkpoints.blank import BlankBase, StoredTensor, load_blank, stored_tensors
 from exporter.checkpoints.fit import check_against_base
@@ -29,6 +29,7 @@ __all__ = [
     "largest_update",
     "load_base",
     "load_blank",
+    "meta_model",
     "read_adapters",
     "read_tying",
     "require_free",
