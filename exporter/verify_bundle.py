@@ -61,7 +61,8 @@ def verify_bundle(path: Path, sources: BuildSpec | None = None, *, threads: int 
         )
     if not any(result.checks for result in results):
         raise VerifyError(
-            "nothing to verify: the bundle was built with --verify structure and holds no golden set",
+            "nothing to verify: the bundle was built with --verify structure, which proved a small twin of the model, "
+            "and holds no golden set of the model itself",
             where=str(path),
             fix="give --base and --adapters, or build again with --verify quick",
         )

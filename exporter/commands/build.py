@@ -276,6 +276,9 @@ def _print_bundle(bundle: Bundle, clock: StageClock) -> None:
     for report in bundle.manifest.reports:
         head = f"graph {report.graph}: verification {report.level}, stage {report.stage}, stage B {report.stage_b}"
         print(f"{head}\n" + "\n".join(check_line(check) for check in report.checks))
+        if report.twin is not None:
+            print("  no number of this model was compared; of a small random model of its kind:")
+            print("\n".join(check_line(check) for check in report.twin.checks))
         if report.loss is not None:
             print(loss_line(report.loss))
     if bundle.manifest.quantization is not None:
