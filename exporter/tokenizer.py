@@ -138,7 +138,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except BaseException as error:  # the tokenizer classes raise anything on bad files, the Rust library panics
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise unreadable(folder, "transformers cannot load it", str(error).strip()[:300]) from error
+            raise unreadable(folder, "transformers cannot load it", " ".join(str(error).split())[:300]) from error
         raise
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise unreadable(
