@@ -39,6 +39,7 @@ from runtime.engines import Target
 from runtime.golden import GOLDEN_PATH, Golden, GoldenCase
 from runtime.manifest import Emit, Mode, Task, VerifyLevel, VerifyReport
 from runtime.quantization import ActivationType, QuantizeMethod
+from runtime.text import Text
 
 TWIN = "twin"  # the fp32 graphs of an fp16 or bf16 build, inside the stage until they are verified
 
@@ -61,11 +62,14 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
             estimate = estimate_bytes(spec, inputs)
             staged = stages.enter_context(stage(out, overwrite=spec.overwrite, estimate_bytes=estimate))
             root = staged.folder
+            with clock.stage("tokenizer"):
+                tokenizer, said = write_tokenizer(inputs.base, inputs.adapters, spec.tokenizer, root)
+            for note in said:
+                clock.notes(note)
             twins = {}
             if is_structure_only(spec):
                 with clock.stage("prove on a small twin"):
                     twins = prove_by_twin(inputs, spec)
-            tokenizer = write_tokenizer(inputs.base, root)
             with clock.stage("load base"):
                 blank = load_blank(inputs.base, torch_dtype(spec)) if is_structure_only(spec) else None
                 parts = load_parts(inputs, spec.gate_op, spec.hot, blank)
@@ -77,7 +81,7 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
             hessians = {}
             if spec.quantize is not None and spec.quantize.method is QuantizeMethod.GPTQ:
                 with clock.stage("calibrate"):
-                    hessians = calibrate(parts, spec, load_tokenizer(root) if tokenizer else None)
+                    hessians = calibrate(parts, spec, load_tokenizer(root, tokenizer))
             first = DType.FLOAT32 if blank is None else spec.dtype  # what no numbers are compared of needs no twin
             proof_root = root if first is spec.dtype else root / TWIN
             with clock.stage("copy shards", root):
@@ -86,7 +90,7 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
                 proofs = export_graphs(parts, spec, first, store, None, hessians)
             check_operators(proofs, spec, clock)
             with clock.stage("verify"):
-                reports, golden = verify_graphs(parts, spec, proofs, proof_root, root, clock)
+                reports, golden = verify_graphs(parts, spec, proofs, proof_root, load_tokenizer(root, tokenizer), clock)
             reports = [report.model_copy(update={"twin": twins.get(report.graph)}) for report in reports]
             for note in idle_adapter_notes(reports, proofs):
                 clock.notes(note)
@@ -111,7 +115,7 @@ def build(spec: BuildSpec, clock: StageClock | None = None) -> Bundle:
             with clock.stage("publish"):
                 log = {
                     "seconds": clock.seconds,
-                    "notes": inputs.notes,
+                    "notes": (*inputs.notes, *said),
                     "peak_bytes": clock.memory.as_dict(),
                     "merges": merge_log(proofs),
                 }
@@ -169,14 +173,14 @@ def check_operators(graphs: Sequence[Exported], spec: BuildSpec, clock: StageClo
 
 
 def verify_graphs(
-    parts: Parts, spec: BuildSpec, exported: list[Exported], folder: Path, root: Path, clock: StageClock
+    parts: Parts, spec: BuildSpec, exported: list[Exported], folder: Path, text: Text | None, clock: StageClock
 ) -> tuple[list[VerifyReport], list[GoldenCase | EncodedCase]]:
     """Check every fp32 graph against the reference forward; raises VerifyError.
 
     Where activations are rounded a last bit may move a rounding, so a form that is right may differ by more than
     its limits: it is then left out of `exported`, and the graph is checked alone.
     """
-    verification = make_verification(parts, spec, load_tokenizer(root))
+    verification = make_verification(parts, spec, text)
     results = []
     for place, graph in enumerate(exported):
         try:

@@ -60,7 +60,12 @@ def describe(
         quantization=quantizer.info if (quantizer := quantizer_of(parts, spec)) else None,
         tokenizer=tokenizer,
         artifacts=(),
-        sources=source_files(adapters, base, {path: digest.sha256 for path, digest in copied.items()}),
+        sources=source_files(
+            adapters,
+            base,
+            {path: digest.sha256 for path, digest in copied.items()},
+            spec.tokenizer if tokenizer else None,
+        ),
         reports=tuple(reports),
         versions={package: version_of(package) for package in VERSIONED},
     )

@@ -22,7 +22,7 @@ from exporter.parts import Parts, load_parts
 from exporter.sites import Site
 from exporter.spec import BuildSpec, CacheChoice, DType, LearnSpec, Per
 from exporter.static import mix_rows
-from exporter.tokenizer import base_tokenizer
+from exporter.tokenizer import source_tokenizer
 from exporter.training_texts import TrainingText, read_texts
 from exporter.variants import require_foldable
 from exporter.watch import StageClock
@@ -58,7 +58,7 @@ def learn_mix(spec: LearnSpec, clock: StageClock | None = None) -> Learned:
         clock.notes(note)
     with clock.stage("load base"):
         parts = load_parts(inputs)
-        train, held = split(training_texts(parts, spec), spec)
+        train, held = split(training_texts(parts, spec, clock), spec)
     mixture = Mixture(first_rows(parts, first), groups_of(parts.sites, spec.per))
     with clock.stage("learn"), replaced(parts.model, mixed_modules(parts.model, parts.sites, mixture)):
         losses = fit(parts.model, mixture, (train, held), spec, clock)
@@ -87,10 +87,13 @@ def check_spec(spec: LearnSpec) -> None:
             raise ExportError("cannot be", where=name, got=str(value), need=need)
 
 
-def training_texts(parts: Parts, spec: LearnSpec) -> list[TrainingText]:
-    """The data in the base's tokens."""
-    tokenizer = base_tokenizer(parts.inputs.base)
-    if tokenizer is None:
+def training_texts(parts: Parts, spec: LearnSpec, clock: StageClock) -> list[TrainingText]:
+    """The data in the tokens of the base, or of the tokenizer that was asked for."""
+    tokenizer, notes = source_tokenizer(parts.inputs.base, parts.inputs.adapters, spec.tokenizer)
+    if tokenizer is not None:
+        for note in notes:
+            clock.notes(note)
+    else:
         raise ExportError("has no tokenizer that can be read", where=f"base {parts.inputs.base.name}")
     info = base_info(parts.inputs.base, parts.model, DType.FLOAT32)
     return read_texts(spec.data, tokenizer, end_token(parts.model), info.max_positions, info.vocab_size)

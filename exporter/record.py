@@ -58,7 +58,8 @@ def record(bundle: Bundle, sources: BuildSpec, graph: GraphInfo, clock: StageClo
     with clock.stage("read and check"):
         inputs = read_inputs(replace(spec, quantize=None))  # whose settings the build has checked
         require_generation(inputs.base, "record")
-        compare_sources(bundle.manifest.sources, source_files(inputs.adapters, inputs.base))
+        found = source_files(inputs.adapters, inputs.base, tokenizer=spec.tokenizer)
+        compare_sources(bundle.manifest.sources, found)
     with clock.stage("load base"):
         parts = load_parts(inputs, hot=spec.hot)
     return record_parts(parts, spec, bundle, graph, clock)
@@ -73,7 +74,9 @@ def record_parts(
             "a bundle that starts without adapters has none that a recording could prove",
             where=f"graph {graph.name}", fix="build it with an adapter; a running session can unload it",
         )  # fmt: skip
-    verification = make_verification(parts, spec, load_tokenizer(bundle.root)).of_graph(bundle.root, graph)
+    verification = make_verification(parts, spec, load_tokenizer(bundle.root, bundle.manifest.tokenizer)).of_graph(
+        bundle.root, graph
+    )
     scenarios = verification.scenarios(graph)
     if scenarios[0].per_length:
         raise ExportError(

@@ -125,6 +125,7 @@ class LearnSpec:
     learning_rate: float = 0.3
     validation: float = 0.2  # share of the items
     seed: int = 0
+    tokenizer: Path | None = None  # a folder; None: the base's own
 
     def __post_init__(self) -> None:
         settle(self, ExportError)
@@ -137,6 +138,7 @@ class BuildSpec:
     adapters: tuple[AdapterSource, ...] = ()
     base: str | None = None  # folder or hub id; None: the one the adapters' configs name
     gate: Path | None = None
+    tokenizer: Path | None = None  # a folder; None: the base's own; Path("none"): token ids only
     modes: tuple[Mode, ...] = (Mode.DYNAMIC,)
     mix: MixInfo | dict[str, float] | None = None  # of the static graph called "static"
     merge: MergeInfo = field(default_factory=MergeInfo)  # how a static mix becomes one update a module

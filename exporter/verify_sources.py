@@ -21,7 +21,7 @@ from exporter.parts import Parts, load_parts, make_verification
 from exporter.rounding import require_rounded
 from exporter.spec import BuildSpec, CacheChoice, DType, HotSpec, RouterSpec, ScalingsChoice, VariantSpec
 from exporter.store import WeightStore
-from exporter.tokenizer import load_tokenizer
+from exporter.tokenizer import load_tokenizer, require_source_tokenizer
 from exporter.variants import STATIC
 from runtime.bundle import Bundle
 from runtime.manifest import Check, GraphInfo, HotInfo, Manifest, MergeInfo, MixInfo, Mode
@@ -37,7 +37,9 @@ def verify_against_sources(bundle: Bundle, sources: BuildSpec) -> dict[str, tupl
     spec = spec_from_manifest(bundle.manifest, sources)
     require_repeatable(spec, bundle)
     inputs = read_inputs(replace(spec, quantize=None))  # whose settings the build has checked
-    compare_sources(bundle.manifest.sources, source_files(inputs.adapters, inputs.base))
+    found = source_files(inputs.adapters, inputs.base, tokenizer=spec.tokenizer)
+    compare_sources(bundle.manifest.sources, found)
+    require_source_tokenizer(inputs.base, spec.tokenizer, bundle.manifest.tokenizer, bundle.root)
     parts = load_parts(inputs, hot=spec.hot)
     if parts.hot is not None:
         require_same_stack(bundle, parts)
@@ -155,5 +157,5 @@ def scalings_of(graph: GraphInfo, sites: int) -> ScalingsChoice:
 def _measure(
     parts: Parts, spec: BuildSpec, folder: Path, bundle: Bundle, graphs: Sequence[GraphInfo]
 ) -> dict[str, tuple[Check, ...]]:
-    verification = make_verification(parts, spec, load_tokenizer(bundle.root))
+    verification = make_verification(parts, spec, load_tokenizer(bundle.root, bundle.manifest.tokenizer))
     return {graph.name: verification.run(folder, graph)[0].checks for graph in graphs}

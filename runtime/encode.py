@@ -24,7 +24,7 @@ from runtime.mix_file import mix_of
 from runtime.model import pick_graph, require_task, variant_named
 from runtime.routing import Mix, Route, route_for
 from runtime.session import SessionSettings
-from runtime.text import Text
+from runtime.text import Text, text_of
 
 SourceText = str | tuple[str, str] | EncodedText  # a text, a pair of texts, or tokens
 
@@ -132,7 +132,7 @@ def load_encoder(
     assert manifest.encoder is not None  # every other task has it
     info = pick_graph(bundle, graph if variant is None else variant_named(manifest, variant).graph)
     settings = SessionSettings(manifest.encoder.max_tokens, provider, threads)
-    text = Text(bundle.file(manifest.tokenizer.path)) if manifest.tokenizer else None
+    text = text_of(bundle)
     encoder = Encoder(
         manifest,
         manifest.encoder,

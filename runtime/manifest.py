@@ -344,6 +344,8 @@ class TokenizerInfo(Strict):
 
     path: RelativePath
     add_bos: bool  # whether encoding with special tokens prepends bos (for information)
+    folder: str | None = None  # the name of the folder that --tokenizer named; None: the base's own
+    clean_up: bool = False  # decoding takes the spaces before punctuation away, as transformers does for this tokenizer
 
 
 class EncoderInfo(Strict):

@@ -24,7 +24,7 @@ from runtime.fold import Folding, folding_for
 from runtime.manifest import GraphInfo, Manifest, Mode, OnnxRuntimeForm, Task, VariantInfo
 from runtime.session import SessionSettings, SlotSession
 from runtime.tensorrt import load_tensorrt, this_machine
-from runtime.text import Text
+from runtime.text import Text, text_of
 
 
 @dataclass(slots=True)
@@ -170,8 +170,7 @@ def load(
     info = pick_graph(bundle, graph)
     quantization = bundle.manifest.quantization
     settings = SessionSettings(bundle.manifest.base.max_positions, provider, threads, quantization=quantization)
-    tokenizer = bundle.manifest.tokenizer
-    text = Text(bundle.file(tokenizer.path)) if tokenizer else None
+    text = text_of(bundle)
 
     def open_graph(info: GraphInfo, weights: Mapping[str, NDArray[Any]]) -> SlotSession:
         if backend in tuple(Target):

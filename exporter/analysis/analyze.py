@@ -42,7 +42,7 @@ from runtime.routing import routing_for
 from runtime.session import Session, SessionSettings
 from runtime.signature import SCALINGS
 from runtime.tensors import DTYPES
-from runtime.text import Text
+from runtime.text import text_of
 
 CONTEXT = 1024  # of the cost table, where the model has as many positions
 PACKAGES = ("numpy", "onnx", "onnxruntime")
@@ -167,14 +167,14 @@ def open_all(spec: AnalyzeSpec, clock: StageClock) -> Opened:
             fix="build with --mode dynamic",
             code="E_GRAPH",
         )
-    if manifest.tokenizer is None:
+    text = text_of(bundle)
+    if text is None:
         raise ExportError(
             "the bundle has no tokenizer, so it cannot read texts",
             where=str(spec.bundle),
-            fix="build from a base folder that has a tokenizer.json",
+            fix="build from a base folder that has a tokenizer, or with --tokenizer DIR",
             code="E_DATA",
         )
-    text = Text(bundle.file(manifest.tokenizer.path))
     end = next(iter(manifest.base.eos_token_ids), None)
     texts = read_texts(spec.data, text, end, manifest.base.max_positions, manifest.base.vocab_size)
     return Opened(spec, bundle, graph, tuple(texts), clock)

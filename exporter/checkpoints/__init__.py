@@ -12,6 +12,7 @@ from exporter.checkpoints.load import load_base
 from exporter.checkpoints.save_lora import require_free, shared_base_name, write_lora
 from exporter.checkpoints.shared_heads import without_shared_heads
 from exporter.checkpoints.sources import compare_sources, source_files
+from exporter.checkpoints.tokenizer_files import tokenizer_files
 from exporter.checkpoints.tying import Tying, read_tying
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "shared_base_name",
     "source_files",
     "stored_tensors",
+    "tokenizer_files",
     "without_shared_heads",
     "write_lora",
 ]

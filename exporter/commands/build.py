@@ -207,6 +207,7 @@ def _build_spec(args: argparse.Namespace) -> BuildSpec:
         adapters=tuple(args.adapters),
         base=args.base,
         gate=args.gate,
+        tokenizer=args.tokenizer,
         modes=tuple(dict.fromkeys(args.mode)),
         mix=None if args.mix is None else mix_from_word(args.mix),
         variants=variants_from_words(args.variants),

@@ -47,7 +47,19 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("no such folder", where="--out", got=str(args.out.parent))
     if args.out.suffix != ".json" or args.out.is_dir():
         raise InputError("cannot be a mix file", where="--out", got=str(args.out), need="FILE.json, as --mix takes it")
-    settings = ("data", "base", "gate", "per", "epochs", "patience", "batch", "learning_rate", "validation", "seed")
+    settings = (
+        "data",
+        "base",
+        "gate",
+        "tokenizer",
+        "per",
+        "epochs",
+        "patience",
+        "batch",
+        "learning_rate",
+        "validation",
+        "seed",
+    )
     spec = LearnSpec(
         adapters=tuple(args.adapters),
         init=None if args.init == "uniform" else Path(args.init),

@@ -21,6 +21,12 @@ def add_sources(command: argparse.ArgumentParser) -> None:
     add("--base", metavar="DIR_OR_ID", help="default: the base that the adapters' configs name")
     add("--adapters", nargs="+", type=source, default=[], metavar="[[KEY:]NAME=]DIR")
     add("--gate", type=Path, metavar="DIR", help="the gate, when --adapters names the experts one by one")
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR|none",
+        help="the tokenizer's folder, such as an adapter's (default: base)",
+    )
 
 
 def add_quiet(command: argparse.ArgumentParser) -> None:

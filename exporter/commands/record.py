@@ -33,7 +33,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.out.parent.is_dir():  # minutes before it is needed
         raise InputError("no such folder", where="--out", got=str(args.out.parent))
     bundle = open_bundle(args.bundle)
-    sources = BuildSpec(tuple(args.adapters), args.base, args.gate, prompts=tuple(args.prompts))
+    sources = BuildSpec(
+        tuple(args.adapters), args.base, args.gate, tokenizer=args.tokenizer, prompts=tuple(args.prompts)
+    )
     graph = pick_graph(bundle, args.graph)
     with shown_stages(quiet=args.quiet) as clock:
         from exporter.record import record as record_graph

@@ -31,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     sources = None
     if args.adapters or args.base or args.gate:
         silence_transformers()
-        sources = BuildSpec(tuple(args.adapters), args.base, args.gate, verify=args.verify, threads=args.threads)
+        adapters, extent = tuple(args.adapters), {"verify": args.verify, "threads": args.threads}
+        sources = BuildSpec(adapters, args.base, args.gate, tokenizer=args.tokenizer, **extent)
     elif args.verify:
         raise InputError("--verify chooses the checks against the sources", got="no sources", fix="add --adapters")
     results = verify_bundle(args.bundle, sources, threads=args.threads)
