@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from exporter import build_bundle
 from exporter.build_bundle import build
 from exporter.spec import VariantSpec
 from runtime.manifest import MixInfo, Mode
@@ -23,6 +25,17 @@ __all__ = ["family_build"]  # a fixture
 def _one_thread() -> None:
     """Tensors of these sizes only lose by threads, most of all on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def without_twin() -> Iterator[None]:
+    """Builds at the level of structure without the proof of a twin, which doubles their time.
+
+    For files of tests in which such builds are a means only; `test_twin` and the fuzzer build with it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_bundle, "prove_by_twin", lambda *_: {})
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,8 @@ from tests.exporter.tiny_builds import (
     write_three_experts,
 )
 
+pytestmark = pytest.mark.usefixtures("without_twin")
+
 
 def texts_of(analysed: Analysed) -> list[tuple[list[int], int]]:
     opened = open_all(AnalyzeSpec(analysed.built.bundle.root, analysed.data), StageClock())

@@ -28,6 +28,8 @@ from tests.exporter.encoder_makers import write_random
 from tests.exporter.mutations import weight_names
 from tests.exporter.tiny_builds import named_sources, prompt, quick, write_gate, write_lively_base
 
+pytestmark = pytest.mark.usefixtures("without_twin")
+
 PROMPTS = [prompt(length, seed=length) for length in (5, 12)]
 MIX = {"math": 0.7, "code": 0.3}
 

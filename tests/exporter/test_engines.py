@@ -50,6 +50,8 @@ from tests.exporter.tiny_builds import (
     write_three_experts,
 )
 
+pytestmark = pytest.mark.usefixtures("without_twin")
+
 if sys.platform == "darwin":
     pytest.skip("TensorRT for RTX has no macOS package", allow_module_level=True)
 RTX = EngineSpec(Target.TRT_RTX, compute_capabilities=("8.6",), max_batch=2, max_tokens=16, max_context=64)

@@ -27,6 +27,8 @@ from tests.exporter.mutations import copy_of
 from tests.exporter.reseal import reseal
 from tests.exporter.tiny_builds import Built, prompt, shown
 
+pytestmark = pytest.mark.usefixtures("without_twin")
+
 Builds = Callable[[str], Built]
 # A window, a softcap and one of each of the other attentions: norms of queries, learned positions, partial rotary.
 FAMILIES = ("llama", "mistral", "gemma2", "qwen3", "gpt2", "gpt_neox")

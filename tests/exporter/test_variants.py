@@ -37,6 +37,8 @@ from tests.exporter.tiny_builds import (
 )
 from tests.same_tokens import Logits, Ties, seen_logits
 
+pytestmark = pytest.mark.usefixtures("without_twin")
+
 LOCAL = {
     "model.layers.0.self_attn.q_proj": {"math": 0.2, "code": 1.5},
     "model.layers.0.mlp.down_proj": {"prose": -1.0},
