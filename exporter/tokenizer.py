@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from tokenizers import Tokenizer
 
 from exporter.adapters import AdapterSet
 from exporter.checkpoints import BaseDescription, tokenizer_files
@@ -58,7 +57,7 @@ def write_tokenizer(
         return None, chosen.notes
     target = root / PATH
     target.parent.mkdir(exist_ok=True)
-    target.write_text(tokenizer_json(chosen.tokenizer, chosen.folder), encoding="utf-8")
+    target.write_text(tokenizer_json(chosen.tokenizer), encoding="utf-8")
     clean_up = cleans_up(chosen.tokenizer)
     text = Text(target, clean_up=clean_up)
     require_same_texts(chosen.tokenizer, text, shown_path(chosen.folder), is_encoder=is_encoder(base))
@@ -128,8 +127,6 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     files = tokenizer_files(folder)
     for path in files:
         open_regular(path).close()  # a fifo would be waited for
-    if (stored := folder / "tokenizer.json") in files:
-        Text(stored)
     if all(path.name in COMPANIONS for path in files):
         raise unreadable(folder, "it has no vocabulary", ", ".join(path.name for path in files))
     from transformers import AutoTokenizer
@@ -138,6 +135,8 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except BaseException as error:  # the tokenizer classes raise anything on bad files, the Rust library panics
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            if (stored := folder / "tokenizer.json") in files:
+                Text(stored)  # which says what is wrong with it
             raise unreadable(folder, "transformers cannot load it", " ".join(str(error).split())[:300]) from error
         raise
     if getattr(tokenizer, "backend_tokenizer", None) is None:
@@ -163,15 +162,12 @@ def unreadable(folder: Path, why: str, got: str) -> ExportError:
     )
 
 
-def tokenizer_json(tokenizer: Any, folder: Path) -> str:
+def tokenizer_json(tokenizer: Any) -> str:
     """The tokenizer as one file, without padding and truncation, but with the end that a text is cut at."""
-    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    copy.no_padding()
-    copy.no_truncation()
-    if tokenizer.truncation_side == "left":
-        copy.enable_truncation(512, direction="left")  # `Text` reads the direction
-    text: str = copy.to_str(pretty=False)
-    return text
+    stored = json.loads(tokenizer.backend_tokenizer.to_str())
+    cut = {"direction": "Left", "max_length": 512, "strategy": "LongestFirst", "stride": 0}
+    stored |= {"padding": None, "truncation": cut if tokenizer.truncation_side == "left" else None}
+    return json.dumps(stored, ensure_ascii=False)  # of the truncation `Text` reads the direction
 
 
 def cleans_up(tokenizer: Any) -> bool:

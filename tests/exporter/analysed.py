@@ -25,6 +25,8 @@ def add_tokenizer(base: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(base / "tokenizer.json"))
+    # Without it AutoTokenizer takes the class of the base's model_type, which makes another tokenizer of the words.
+    (base / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
 
 
 def write_data(path: Path) -> Path:

@@ -147,6 +147,8 @@ def write_words(base: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     tokenizer.save(str(base / "tokenizer.json"))
+    # Without it AutoTokenizer takes the class of the base's model_type, which makes another tokenizer of the words.
+    (base / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
 
 
 @dataclass(frozen=True, slots=True)

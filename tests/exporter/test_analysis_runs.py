@@ -351,8 +351,10 @@ def test_the_same_weights_change_nothing_and_names_are_checked(analysed: Analyse
 
 def test_a_gate_that_serves_all_sites_has_one_row(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, "qwen2", num_hidden_layers=1)
-    add_tokenizer(checkpoint.base)
-    bundle = build(checkpoint.spec(out=tmp_path / "bundle", verify=VerifyLevel.STRUCTURE))
+    words = tmp_path / "words"  # not the base's: beside a qwen2's config transformers reads no other class than its own
+    words.mkdir()
+    add_tokenizer(words)
+    bundle = build(checkpoint.spec(out=tmp_path / "bundle", verify=VerifyLevel.STRUCTURE, tokenizer=words))
     report, mix = analyze(AnalyzeSpec(bundle.root, write_data(tmp_path / "d"), threads=1, with_compression=False))
     assert report.gate is not None
     assert report.gate.shared

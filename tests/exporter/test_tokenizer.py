@@ -307,8 +307,8 @@ def test_a_tokenizer_written_wrong_is_refused(
     written(base_of(folder), tmp_path / "right")
     right = tokenizer_module.tokenizer_json
 
-    def wrong(tokenizer: Any, *rest: Any) -> str:
-        stored = json.loads(right(tokenizer, *rest))
+    def wrong(tokenizer: Any) -> str:
+        stored = json.loads(right(tokenizer))
         mutant(stored)
         return json.dumps(stored)
 
