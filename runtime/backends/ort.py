@@ -333,13 +333,12 @@ def _refusal(error: Exception, what: str, where: str, provider: str) -> UserErro
     """What ONNX Runtime raised, as one line. Its exceptions share no public type; their names are its status codes."""
     got, kind = first_line(error), type(error).__name__
     if kind == "NotImplemented" or "NOT_IMPLEMENTED" in got:
-        dtype = "bfloat16 " if "bfloat16" in str(error).lower() else ""
         return MachineError(
-            f"ONNX Runtime {what}: it has no {dtype}kernel for one of its operators here",
+            f"ONNX Runtime {what}: it has no kernel for one of its operators here",
             where=where,
             need=f"another provider than {provider}" if provider else "",
             got=got,
-            fix="a GPU's --provider, or a bundle built with --dtype float32 or float16",
+            fix="a GPU's --provider, or a bundle built with --dtype float32: on a CPU there is no bfloat16",
         )
     if any(word in got.lower() for word in ("allocate", "out of memory", "bad_alloc")):
         return MachineError("not enough memory", where=where, got=got, fix="close other programs")

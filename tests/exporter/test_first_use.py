@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,19 @@ import torch
 
 from exporter import AdapterSource, BuildSpec, ExportError
 from exporter.adapters import LoraDelta
+from exporter.build_bundle import build
 from exporter.checkpoints.save_lora import write_lora as save_lora
 from exporter.commands.engine_options import capabilities
 from exporter.inputs import read_inputs
 from exporter.inspect import inspect_checkpoint
 from exporter.rounding import operators
+from exporter.spec import DType
+from runtime import GenerateOptions, MachineError, complete, load
+from runtime.bundle import open_bundle
 from tests.exporter.checkpoint_makers import edit_json, write_base, write_lora
+from tests.exporter.test_adapter_kinds import assert_is_peft, peft_logits
+from tests.exporter.test_adapter_kinds import logits_of as answers_of
+from tests.exporter.tiny_builds import difference, named_sources, quick, write_lively_base
 
 MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
 BASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -56,6 +66,45 @@ def test_absurd_sizes_are_refused(value: Any, tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
     edit_json(base / "config.json", intermediate_size=value)
     assert "field intermediate_size is refused" in str(inspect_checkpoint(base).problems)
+
+
+def test_gpt2_with_a_padding_token_is_peft(tmp_path: Path) -> None:
+    """GPT-2 has none of its own, so who trained it with batches has set one."""
+    base = write_lively_base(tmp_path / "base", "gpt2", pad_token_id=3)
+    lora = write_lora(tmp_path / "lora", base, ("c_attn",), fan_in_fan_out=True)
+    bundle = build(replace(quick(named_sources({"one": lora}), base), out=tmp_path / "bundle", onnxruntime=False))
+    expected = peft_logits(base, lora)
+    assert_is_peft(answers_of(bundle, "dynamic", {"one": 1.0}), expected)
+    assert difference(answers_of(bundle, "dynamic", {}), expected) > 0.05
+
+
+def test_a_bfloat16_bundle_on_a_cpu_is_a_machines_lack(tmp_path: Path) -> None:
+    """ONNX Runtime has no bfloat16 products there; the message says what to do, and the exit code is the machine's."""
+    base = write_base(tmp_path / "base", num_hidden_layers=1)
+    lora = write_lora(tmp_path / "lora", base)
+    spec = replace(quick(named_sources({"one": lora}), base), dtype=DType.BFLOAT16, out=tmp_path / "bundle")
+    bundle = build(spec)
+    with load(bundle.root) as model, pytest.raises(MachineError, match=r"it has no kernel.*--dtype float32") as found:
+        complete(model, [[5, 6]], GenerateOptions(max_new_tokens=1, variant="one"))
+    assert found.value.exit_code == 3
+
+
+COMMANDS = {
+    "inspect": ["inspect", "{base}"],
+    "build": ["build", "--base", "{base}", "--adapters", "one={lora}", "--verify", "quick", "--out", "{out}"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_exporter_leaves_no_traceback_where_nothing_can_be_printed(name: str, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", num_hidden_layers=1)
+    places = {"base": base, "lora": write_lora(tmp_path / "lora", base), "out": tmp_path / "bundle"}
+    words = [sys.executable, "-m", "exporter", *(word.format(**places) for word in COMMANDS[name])]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (3, False), done.stderr
+    if name == "build":  # what was published stays, and is whole
+        assert open_bundle(tmp_path / "bundle").manifest.experts[0].name == "one"
 
 
 def graph_of(*ops: tuple[str, bool, bool]) -> ir.Model:
