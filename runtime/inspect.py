@@ -67,8 +67,8 @@ def verification_of(manifest: Manifest, graph: str) -> str:
     if report is None:
         return f"{_NOT_VERIFIED} (no report)"
     if report.level is VerifyLevel.STRUCTURE or not report.checks:
-        of_it = "no numbers of this model were compared"
-        return f"{_NOT_VERIFIED} (level {report.level}: {of_it}; proved: {report.proof})"
+        proved = f"; proved: {report.proof}" if report.level is VerifyLevel.STRUCTURE else ""
+        return f"{_NOT_VERIFIED} (level {report.level}: no numbers of this model were compared{proved})"
     failed = [check.name for check in report.checks if not check.passed]
     if failed:
         return f"{_NOT_VERIFIED} (level {report.level}: failed {', '.join(failed)})"

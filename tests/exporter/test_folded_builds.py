@@ -35,6 +35,8 @@ from tests.exporter.tiny_builds import (
 )
 from tests.same_tokens import seen_logits
 
+pytestmark = pytest.mark.usefixtures("without_twin")
+
 OTHER_MIX = {"math": 0.7, "code": -0.4}  # in the static graph, which is to hold another one
 LIMIT = 1e-5
 

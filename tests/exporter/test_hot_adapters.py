@@ -34,6 +34,8 @@ from tests.exporter.hot_makers import NEW, PROMPTS, HotWorld, Mix, build_hot, gr
 from tests.exporter.tiny_builds import ATTENTION, count_sites, load, quick, reference_of, write_gate
 from tests.runtime.tiny_bundles import tiny_bundle
 
+pytestmark = pytest.mark.usefixtures("without_twin")
+
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OPTIONS = GenerateOptions(max_new_tokens=NEW)
 

@@ -68,6 +68,8 @@ from tests.exporter.tiny_builds import (
 )
 from tests.runtime.fake_tensorrt import FakeTensorrt, plan_bytes
 
+pytestmark = pytest.mark.usefixtures("without_twin")
+
 PROMPT = (1, 5, 9, 22, 3)
 
 

@@ -37,6 +37,8 @@ from tests.exporter.checkpoint_makers import edit_tensors, write_base, write_dor
 from tests.exporter.mutations import copy_of, edit_graph
 from tests.exporter.tiny_builds import DECODERS, named_sources, prompt, quick, write_gate, write_lively_base
 
+pytestmark = pytest.mark.usefixtures("without_twin")
+
 TORCH = {DType.FLOAT32: torch.float32, DType.FLOAT16: torch.float16, DType.BFLOAT16: torch.bfloat16}
 
 

@@ -69,6 +69,8 @@ from tests.exporter.tiny_builds import (
 )
 from tests.same_tokens import Logits, Ties, seen_logits
 
+pytestmark = pytest.mark.usefixtures("without_twin")
+
 PARITY, MATTERS = 1e-5, 1e-2
 END = 2  # the tiny bases' end token
 WARM = {"math": 0.7, "prose": 0.3}

@@ -24,9 +24,10 @@ def test_a_bundle_is_told_in_full(tmp_path: Path) -> None:
         "  kind          depth 1, one row per site",
         "  dynamic: dynamic, portable, opset 18, K/V cache append",
         "  static: static of code=0.3, math=0.7, portable, opset 18, K/V cache append",
-        "  dynamic: verified, level full, stage A; stage B: not needed (fp32)",
+        "  dynamic: verified, level full (numbers of this model), stage A; stage B: not needed (fp32)",
         "    ok   kl_mean         1e-09 (limit 1e-07)  at prompt 3, position 5",
-        "  static: NOT VERIFIED (level structure: no numbers were compared)",
+        "  static: NOT VERIFIED (level structure: no numbers of this model were compared; "
+        "proved: shapes and bytes of this model)",
         "  weights    52.7 kB in 2 files",
         "  golden     31 B in 1 file",
         "  torch   2.13.0",

@@ -47,7 +47,8 @@ def test_json_prints_one_object_a_prompt(bundle: Path, tmp_path: Path, capsys: p
     assert got[1]["timings"]["prompt_tokens"] == 3
     assert set(got[0]) == {"token_ids", "text", "finish_reason", "timings", "variant", "divergence", "folded"}
     assert (
-        err == "graph dynamic (dynamic, portable) on cpu; verified, level full, stage A; stage B: not needed (fp32)\n"
+        err == "graph dynamic (dynamic, portable) on cpu; "
+        "verified, level full (numbers of this model), stage A; stage B: not needed (fp32)\n"
     )
 
 
