@@ -151,12 +151,14 @@ def without_padding_token(model: PreTrainedModel) -> Iterator[None]:
     Only to warn (`warn_if_padding_and_no_attention_mask`): no decoder computes with it.
     """
     config = model.config
-    before = config.pad_token_id
-    config.pad_token_id = None
+    before = getattr(config, "pad_token_id", None)
+    if before is not None:
+        config.pad_token_id = None
     try:
         yield
     finally:
-        config.pad_token_id = before
+        if before is not None:
+            config.pad_token_id = before
 
 
 @contextmanager

@@ -259,10 +259,10 @@ def test_modules_that_see_tokens_without_rows_are_routed(
     tmp_path: Path, router: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """OPT's MLP sees [B * S, .]; each row has its own switch all the same. Attention is torch's: ours is but traced."""
-    monkeypatch.setitem(AttentionInterface._global_mapping, ATTENTION_NAME, plain_attention)
     base, experts = write_sources(tmp_path, router, "opt")
     spec = replace(quick(named_sources(experts), base), router=ROUTERS[router])
     parts = load_parts(read_inputs(spec))
+    monkeypatch.setitem(AttentionInterface._global_mapping, ATTENTION_NAME, plain_attention)
     assert any(site.path.endswith("fc1") for site in parts.sites)
     info = settled_router(spec, parts.inputs.adapters)
     assert info is not None
