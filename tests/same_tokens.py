@@ -39,6 +39,7 @@ class Ties:
 
     steps: int = 0
     ties: int = 0
+    limit: float = 1e-4  # of |d| / (1 + |logit|)
 
     def compare(self, alone: Logits, together: Logits, what: str) -> None:
         """Greedy tokens of one row; fails where they differ without a tie, or logits differ before one."""
@@ -50,7 +51,7 @@ class Ties:
                 self.ties += 1
                 return
             apart = float((np.abs(want - got) / (1 + np.abs(want))).max())
-            assert apart <= 1e-4, f"{what}: logits differ by {apart:.2g} at step {step}"
+            assert apart <= self.limit, f"{what}: logits differ by {apart:.2g} at step {step}"
         assert len(alone) == len(together), f"{what}: {len(alone)} steps alone, {len(together)} together"
 
     def check(self, share: float = TIE_SHARE) -> None:

@@ -24,6 +24,9 @@ from tests.runtime.tiny_bundles import BYTE_SHAPE, SCALING_PASS, tiny_bundle
 from tests.runtime.tiny_graphs import TinyShape, open_tiny, tiny_weights
 from tests.same_tokens import Ties, seen_logits
 
+# Folded weights are rounded once more, and the K/V of every step carry it on: 1.4e-4 on some processors.
+FOLD_LIMIT = 1e-3
+
 WEIGHTS = {
     n: a * np.float32(0.3 if n == "gate" else 1) for n, a in tiny_weights(BYTE_SHAPE).items()
 }  # all experts count
@@ -89,7 +92,7 @@ def compare(model: Model, prompts: list[Any], options: GenerateOptions, ties: Ti
 def test_folded_gives_the_tokens_of_frozen(
     tmp_path: Path, cache: CacheStyle, freeze: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shape, ties = dataclasses.replace(BYTE_SHAPE, cache=cache), Ties()
+    shape, ties = dataclasses.replace(BYTE_SHAPE, cache=cache), Ties(limit=FOLD_LIMIT)
     opened = fold_in(monkeypatch, tmp_path / "folded", shape)
     with load(tiny_bundle(tmp_path / "b", shape, weights=WEIGHTS, end=()), threads=1) as model:
         found = compare(model, PROMPTS, dataclasses.replace(FOLDED, decode=f"folded{freeze}"), ties)
@@ -105,7 +108,7 @@ def test_an_expert_less_is_noticed(model: Model, tmp_path: Path, monkeypatch: py
     for left_out in range(BYTE_SHAPE.experts):
         fold_in(monkeypatch, tmp_path / "folded", left_out=left_out)
         with pytest.raises(AssertionError, match=r"another token at step|logits differ"):
-            compare(model, PROMPTS, FOLDED, Ties())
+            compare(model, PROMPTS, FOLDED, Ties(limit=FOLD_LIMIT))
 
 
 def test_the_kv_so_far_is_taken_along(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +118,7 @@ def test_the_kv_so_far_is_taken_along(model: Model, tmp_path: Path, monkeypatch:
         OrtSession, "entries", lambda self, slot: {name: 0 * each for name, each in entries(self, slot).items()}
     )
     with pytest.raises(AssertionError, match=r"another token at step|logits differ"):
-        compare(model, PROMPTS, FOLDED, Ties())
+        compare(model, PROMPTS, FOLDED, Ties(limit=FOLD_LIMIT))
 
 
 def test_each_request_has_a_session_of_its_own_and_others_run_together(
