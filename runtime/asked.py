@@ -7,7 +7,6 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, TypeVar, get_type_hints
 
-import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from runtime.errors import InputError, raise_all
@@ -64,8 +63,9 @@ def _reader(kind: Any) -> TypeAdapter[Any]:
 
 
 def plain(value: Any) -> Any:
-    """A NumPy scalar as Python's own."""
-    return value.item() if isinstance(value, np.generic) else value
+    """A NumPy scalar as Python's own; known by its module, for a command's help is printed without NumPy."""
+    is_scalar = type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
+    return value.item() if is_scalar else value
 
 
 def _problem(name: str, refused: ValidationError, error: type[InputError]) -> InputError:
