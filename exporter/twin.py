@@ -29,9 +29,10 @@ from exporter.graph_exports import export_graphs, open_store
 from exporter.graphs import Exported
 from exporter.inputs import Inputs
 from exporter.parts import load_parts, make_verification
-from exporter.rounding import require_rounded
+from exporter.rounding import require_rounded, round_model
 from exporter.router_choice import routed_adapters
 from exporter.spec import BuildSpec, DType
+from exporter.store import WeightStore
 from runtime.errors import UserError
 from runtime.manifest import MixInfo, Mode, VerifyLevel, VerifyReport
 
@@ -98,17 +99,21 @@ def _verified(inputs: Inputs, spec: BuildSpec, root: Path) -> Iterator[VerifyRep
                               got=f"{report.adapters_matter:.2g}", need=f"at least {LEAST_EFFECT}")  # fmt: skip
         yield report
     if spec.dtype is not DType.FLOAT32:
-        for proof, rounded in zip(proofs, _exported(inputs, spec, spec.dtype, root / spec.dtype), strict=True):
+        graphs = _exported(inputs, spec, spec.dtype, root / spec.dtype, proofs[0].store)
+        for proof, rounded in zip(proofs, graphs, strict=True):
             require_rounded(proof, rounded)
 
 
-def _exported(inputs: Inputs, spec: BuildSpec, dtype: DType, root: Path) -> list[Exported]:
+def _exported(
+    inputs: Inputs, spec: BuildSpec, dtype: DType, root: Path, proved: WeightStore | None = None
+) -> list[Exported]:
+    """The graphs as a build makes them: a base that has to be loaded is rounded from the `proved` ones."""
     spec = replace(spec, dtype=dtype)
     blank = load_blank(inputs.base, getattr(torch, dtype.value))
     parts = load_parts(inputs, spec.gate_op, spec.hot, blank)
     if blank is None and dtype is not DType.FLOAT32:
-        parts.model.to(getattr(torch, dtype.value))
-    return export_graphs(parts, spec, dtype, open_store(parts, spec, dtype, root))
+        round_model(parts.model, getattr(torch, dtype.value))
+    return export_graphs(parts, spec, dtype, open_store(parts, spec, dtype, root), None if blank else proved)
 
 
 def _own_sites(mix: MixInfo | None, base: BaseDescription) -> MixInfo | None:

@@ -29,8 +29,8 @@ from scripts.fuzz.workers import Worker
 
 ROOT = Path(__file__).parents[1]
 DRAWS = 3000
-# About a minute: families, kinds and builds of all sorts. Cases 2, 3, 8, 13, 15, 18 and 27 of this seed found faults.
-SEED, NUMBERS = 303, (1, 6, 7, 9, 10, 12, 14, 16, 19, 21, 22)
+# About a minute: the first cases of a seed, as they come. Cases 2 and 3 found faults once.
+SEED, NUMBERS = 303, range(8)
 
 Case = dict[str, Any]
 
@@ -165,7 +165,7 @@ def test_a_minute_of_cases(tmp_path: Path) -> None:
     _assert_nothing_found(lines)
     equal = [line for line in lines if line["verdict"] == Verdict.EQUAL]
     assert len(equal) >= len(NUMBERS) - 2
-    assert sum(line["counts"]["tokens"] for line in equal) > 400
+    assert sum(line["counts"]["tokens"] for line in equal) > 200
 
 
 @pytest.mark.long
